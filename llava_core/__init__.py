@@ -1,0 +1,1 @@
+"""Train LLaVA models with one script and the same numbers on every accelerator."""

@@ -1,0 +1,100 @@
+"""`Example` and `Batch`: the only contract between data and model.
+
+Shapes: T tokens, S samples, I images, P visual tokens an image, K supervised positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample, tokenised and with its images decoded, before it is packed.
+
+    Attributes:
+        id: the record's id.
+        tokens: [T] int64; the P positions of each image hold a pad id.
+        supervised: [T] bool; True where the token is a target.
+        image_starts: the first position of each image's P visual tokens.
+        pixels: [I, 3, H, W] float32, or None without images.
+        visual_tokens: P.
+    """
+
+    id: str
+    tokens: Tensor
+    supervised: Tensor
+    image_starts: tuple[int, ...]
+    pixels: Tensor | None
+    visual_tokens: int
+
+    @property
+    def length(self) -> int:
+        return self.tokens.numel()
+
+    @property
+    def num_labels(self) -> int:
+        """Supervised positions that have a predecessor to predict them."""
+        return int(self.supervised[1:].sum())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a batch holds, known on the host before the step."""
+
+    text_tokens: int
+    image_tokens: int
+    label_tokens: int
+    pad_tokens: int
+    samples: int
+    images: int
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def tokens(self) -> int:
+        """Text and image tokens, without padding."""
+        return self.text_tokens + self.image_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: samples laid end to end, each attending only to itself.
+
+    A padded batch is the special case in which every sample was lengthened to the longest one.
+
+    Attributes:
+        tokens: [T] int64; image slots hold a pad id.
+        positions: [T] int64; restart at 0 with each sample.
+        cu_seqlens: [S+1] int32; sample boundaries.
+        cu_seqlens_host: the same on the host.
+        pixels: [I, 3, H, W] float32; never empty: one zero image, used by no token, when there is none.
+        image_index: [V] int64; where each visual token goes, V = P × real images.
+        label_index: [K] int64; the position that predicts each target.
+        targets: [K] int64; the token ids to predict.
+        labels_per_sample: K split over the S samples.
+        counts: host-side counts.
+        ids: the records' ids, for messages.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    cu_seqlens_host: tuple[int, ...]
+    pixels: Tensor
+    image_index: Tensor
+    label_index: Tensor
+    targets: Tensor
+    labels_per_sample: tuple[int, ...]
+    counts: Counts
+    ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with every tensor on `device`; copies do not wait for the device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
