@@ -1,0 +1,82 @@
+"""The whole model: a Batch in, a loss out.
+
+Shapes: T tokens, I images, V visual tokens an image, D width, K supervised positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from llava_core.backend import MaskSpec, OpSet
+from llava_core.data.batch import Batch
+from llava_core.model.decoder import KeyValueCache, LanguageModel
+from llava_core.model.projector import Projector
+from llava_core.model.spec import ModelSpec
+from llava_core.model.vision import VisionTower
+
+
+class Llava(nn.Module):
+    """A LLaVA, or a language model alone where the spec has no vision.
+
+    Attributes:
+        compute_dtype: dtype of the activations.
+    """
+
+    def __init__(self, spec: ModelSpec, ops: OpSet, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.ops = ops
+        self.compute_dtype = compute_dtype
+        if spec.vision is not None:
+            self.vision_tower = VisionTower(spec.vision, ops)
+            self.multi_modal_projector = Projector(spec)
+        self.language_model = LanguageModel(spec.text, ops)
+
+    def forward(self, batch: Batch, label_weights: Tensor) -> Tensor:
+        """The weighted sum of the supervised tokens' cross-entropies, an fp32 scalar.
+
+        Args:
+            batch: on the model's device.
+            label_weights: [K] fp32; 1/K for the mean over this batch.
+        """
+        hidden = self.hidden_states(batch, batch.label_index)
+        head = self.language_model.head_weight.to(hidden.dtype)
+        return self.ops.linear_cross_entropy(hidden, head, batch.targets, label_weights)
+
+    def hidden_states(self, batch: Batch, select: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """Final hidden states [T, D], or [K, D] at the positions `select`."""
+        mask = MaskSpec.packed(
+            batch.cu_seqlens, batch.cu_seqlens_host, causal=True, window=self.spec.text.sliding_window
+        )
+        x = self.embed(batch.tokens)
+        if self.spec.vision is not None:
+            x = splice(x, self.encode_images(batch.pixels), batch.image_index)
+        return self.language_model.model(x[None], batch.positions[None], mask, cache, select)[0]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [...] -> embeddings [..., D] in the compute dtype."""
+        return self.language_model.model.embed_tokens(tokens).to(self.compute_dtype)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Pixels [I, 3, H, W] -> visual tokens [I, V, D]. A frozen tower keeps no graph."""
+        trained = any(p.requires_grad for p in self.vision_tower.parameters())
+        with contextlib.nullcontext() if trained else torch.no_grad():
+            features = self.vision_tower(pixels.to(self.compute_dtype))
+        return self.multi_modal_projector(features)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., vocabulary], in the compute dtype."""
+        return hidden @ self.language_model.head_weight.to(hidden.dtype).T
+
+
+def splice(x: Tensor, features: Tensor, image_index: Tensor) -> Tensor:
+    """Visual tokens [I, V, D] put at `image_index` [I·V] of the embeddings [T, D].
+
+    A batch without images still brings one zero image; then the index is empty, and the features take part in the graph
+    with none of their rows, so that every process runs the same modules.
+    """
+    rows = features.flatten(0, 1)[: image_index.numel()]
+    return x.index_copy(0, image_index, rows)

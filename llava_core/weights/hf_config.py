@@ -1,0 +1,191 @@
+"""Hugging Face configs to specs and back. What this library does not implement is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, PretrainedConfig
+
+from llava_core.errors import WeightsError
+from llava_core.model.layers import ACTIVATIONS
+from llava_core.model.spec import ModelSpec, RopeSpec, TextSpec, VisionSpec
+
+FeatureSelect = Literal["default", "full"]
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The folder's config, with the defaults of its family filled in.
+
+    Raises:
+        WeightsError: no readable `config.json`, or a family that transformers does not know.
+    """
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{folder / 'config.json'} cannot be read: {error}") from error
+
+
+def model_spec(config: PretrainedConfig, where: Path) -> ModelSpec:
+    """The spec of a whole folder: a LLaVA, or a language model."""
+    if config.model_type != "llava":
+        return ModelSpec(text_spec(config, where))
+    _require(where, "projector_hidden_act", config.projector_hidden_act, "gelu")
+    _require(where, "multimodal_projector_bias", config.multimodal_projector_bias, True)
+    if not isinstance(config.vision_feature_layer, int):
+        raise WeightsError(
+            f"{where}: vision_feature_layer = {config.vision_feature_layer}: features of several layers are not "
+            "implemented; expected one index."
+        )
+    select: FeatureSelect = config.vision_feature_select_strategy
+    return ModelSpec(
+        text=text_spec(config.text_config, where, tied=bool(config.tie_word_embeddings)),
+        vision=vision_spec(config.vision_config, where, config.vision_feature_layer, select),
+        image_token_id=config.image_token_index,
+    )
+
+
+def vision_spec(config: PretrainedConfig, where: Path, feature_layer: int, select: FeatureSelect) -> VisionSpec:
+    """The spec of a CLIP or SigLIP tower, from its own config or from that of both halves."""
+    config = getattr(config, "vision_config", config)
+    families: dict[str, Literal["clip", "siglip"]] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+    if config.model_type not in families:
+        raise WeightsError(f"{where}: vision tower {config.model_type!r}; expected one of {sorted(families)}.")
+    _require(where, "num_channels", config.num_channels, 3)
+    if config.hidden_act not in ACTIVATIONS:
+        raise WeightsError(f"{where}: hidden_act = {config.hidden_act!r}; expected one of {sorted(ACTIVATIONS)}.")
+    return VisionSpec(
+        family=families[config.model_type],
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        activation=config.hidden_act,
+        norm_eps=config.layer_norm_eps,
+        feature_layer=feature_layer,
+        feature_select=select,
+    )
+
+
+def text_spec(config: PretrainedConfig, where: Path, *, tied: bool | None = None) -> TextSpec:
+    """The spec of a Llama or Mistral. `tied` overrides the config, for one that is part of a LLaVA's."""
+    if config.model_type not in ("llama", "mistral"):
+        raise WeightsError(f"{where}: language model {config.model_type!r}; expected llama or mistral.")
+    _require(where, "hidden_act", config.hidden_act, "silu")
+    for bias in ("attention_bias", "mlp_bias"):
+        _require(where, bias, getattr(config, bias, False), False)
+    return TextSpec(
+        family=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        norm_eps=config.rms_norm_eps,
+        max_positions=config.max_position_embeddings,
+        rope=_rope_spec(config.rope_parameters, where),
+        sliding_window=getattr(config, "sliding_window", None),
+        tied_embeddings=bool(config.tie_word_embeddings) if tied is None else tied,
+    )
+
+
+def llava_config(spec: ModelSpec) -> dict[str, Any]:
+    """The `config.json` of an export, spelt so that older releases of transformers read it too."""
+    if spec.vision is None:
+        return {"architectures": [_causal_class(spec.text)], **_text_config(spec.text)}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": spec.image_token_id,
+        "image_seq_length": spec.vision.visual_tokens,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": spec.vision.feature_layer,
+        "vision_feature_select_strategy": spec.vision.feature_select,
+        "tie_word_embeddings": spec.text.tied_embeddings,
+        "text_config": _text_config(spec.text),
+        "vision_config": _vision_config(spec.vision),
+    }
+
+
+def _rope_spec(parameters: dict[str, Any], where: Path) -> RopeSpec:
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise WeightsError(f"{where}: rope_type {kind!r} is not implemented; expected default, linear or llama3.")
+    names = {
+        "rope_theta": "theta",
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_positions",
+    }
+    return RopeSpec(kind=kind, **{names[key]: value for key, value in parameters.items() if key in names})
+
+
+def _rope_config(rope: RopeSpec) -> dict[str, Any]:
+    scaling: dict[str, Any] | None = None
+    if rope.kind == "linear":
+        scaling = {"rope_type": "linear", "factor": rope.factor}
+    if rope.kind == "llama3":
+        scaling = {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def _text_config(spec: TextSpec) -> dict[str, Any]:
+    window = {"sliding_window": spec.sliding_window} if spec.family == "mistral" else {}
+    return {
+        "architectures": [_causal_class(spec)],
+        "model_type": spec.family,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm_eps,
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": spec.tied_embeddings,
+        **_rope_config(spec.rope),
+        **window,
+    }
+
+
+def _vision_config(spec: VisionSpec) -> dict[str, Any]:
+    # SigLIP's pooling head is not part of a LLaVA; saying so keeps transformers from making up random weights for it.
+    head = {"vision_use_head": False} if spec.family == "siglip" else {"projection_dim": spec.hidden_size}
+    return {
+        "model_type": f"{spec.family}_vision_model",
+        "image_size": spec.image_size,
+        "patch_size": spec.patch_size,
+        "num_channels": 3,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "hidden_act": spec.activation,
+        "layer_norm_eps": spec.norm_eps,
+        **head,
+    }
+
+
+def _causal_class(spec: TextSpec) -> str:
+    return {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[spec.family]
+
+
+def _require(where: Path, key: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise WeightsError(f"{where}: {key} = {found!r} is not implemented; expected {expected!r}.")

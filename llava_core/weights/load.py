@@ -1,0 +1,76 @@
+"""Fills a model that was built without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llava_core.backend import OpSet
+from llava_core.errors import WeightsError
+from llava_core.model.freeze import PARTS, train_only
+from llava_core.model.llava import Llava
+from llava_core.model.projector import Projector
+from llava_core.weights.source import ModelSource
+
+MAX_LISTED = 20
+
+
+def load_model(
+    source: ModelSource,
+    ops: OpSet,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    trainable: frozenset[str] = frozenset(),
+    projector_seed: int = 0,
+) -> Llava:
+    """The model with its weights, one tensor at a time, so that memory holds it once.
+
+    Trainable parts are fp32 copies; frozen parts have the compute dtype and stay mapped from the file where it has that
+    dtype and the device is the host.
+
+    Raises:
+        WeightsError: parameters that are missing, unexpected or of another shape, all of them listed.
+    """
+    with torch.device("meta"):
+        model = Llava(source.spec, ops, compute_dtype)
+    train_only(model, trainable)
+    tensors = dict(source.tensors)
+    if not any(name.startswith(PARTS["projector"]) for name in tensors) and source.spec.vision is not None:
+        tensors |= _fresh_projector(source, projector_seed)
+    _check(model, tensors)
+    for name, parameter in list(model.named_parameters()):
+        # A trained weight is written to, so it must not be the mapped file's own memory.
+        dtype, copy = (torch.float32, True) if parameter.requires_grad else (compute_dtype, False)
+        tensor = tensors[name]()
+        if tensor.shape != parameter.shape:
+            raise WeightsError(f"{name}: the file has {tuple(tensor.shape)}, the config {tuple(parameter.shape)}.")
+        _assign(model, name, nn.Parameter(tensor.to(device, dtype, copy=copy), parameter.requires_grad))
+    return model
+
+
+def _fresh_projector(source: ModelSource, seed: int) -> dict[str, Callable[[], Tensor]]:
+    """PyTorch's own initialisation of linear layers, as in the original LLaVA."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = Projector(source.spec).state_dict()
+    return {PARTS["projector"] + name: lambda tensor=tensor: tensor for name, tensor in weights.items()}
+
+
+def _check(model: nn.Module, tensors: Mapping[str, object]) -> None:
+    expected = {name for name, _ in model.named_parameters()}
+    problems = {"missing": sorted(expected - set(tensors)), "unexpected": sorted(set(tensors) - expected)}
+    if any(problems.values()):
+        listed = "".join(
+            f"\n  {kind} ({len(found)}): {', '.join(found[:MAX_LISTED])}{' …' if len(found) > MAX_LISTED else ''}"
+            for kind, found in problems.items()
+            if found
+        )
+        raise WeightsError(f"the weights do not fit the model of the config:{listed}")
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module_name), leaf, parameter)

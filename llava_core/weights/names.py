@@ -1,0 +1,79 @@
+"""Parameter names as folders on disk spell them, and as this library does.
+
+This library's names are Hugging Face's classic ones: `vision_tower.vision_model.…`, `multi_modal_projector.linear_1.…`,
+`language_model.model.…`, `language_model.lm_head.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CANONICAL_VISION = "vision_tower.vision_model."
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How one kind of folder spells its names.
+
+    Attributes:
+        rename: (pattern, replacement), the first that matches a name's start is applied.
+        unused: patterns of tensors that such folders hold and LLaVA does not use.
+    """
+
+    rename: Sequence[tuple[str, str]]
+    unused: Sequence[str] = ()
+
+    def canonical(self, name: str) -> str | None:
+        """This library's name for a tensor on disk; None where LLaVA does not use it."""
+        if any(re.search(pattern, name) for pattern in (*self.unused, *NEVER_WEIGHTS)):
+            return None
+        for pattern, replacement in self.rename:
+            renamed, matches = re.subn("^" + pattern, replacement, name)
+            if matches:
+                return renamed
+        return name
+
+
+NEVER_WEIGHTS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")
+"""Constants that older releases saved as tensors."""
+
+SIGLIP_POOLING = r"(^|\.)head\.(probe|attention|layernorm|mlp)"
+"""SigLIP's pooling head: it follows the last layer, and LLaVA's features come before."""
+
+LLAVA = Naming(
+    rename=(
+        (r"model\.language_model\.", "language_model.model."),
+        (r"lm_head\.", "language_model.lm_head."),
+        (r"(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
+        (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", CANONICAL_VISION),
+    ),
+    unused=(SIGLIP_POOLING,),
+)
+"""`LlavaForConditionalGeneration`: as on the hub, as transformers 5 writes it, and as it names them at run time."""
+
+VISION = Naming(
+    rename=((r"(?:vision_tower\.)?(?:vision_model\.)?", CANONICAL_VISION),),
+    unused=(r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_(scale|bias)$", SIGLIP_POOLING),
+)
+"""A CLIP or SigLIP folder, the vision half alone or with its text half."""
+
+LANGUAGE = Naming(rename=((r"model\.", "language_model.model."), (r"lm_head\.", "language_model.lm_head.")))
+"""A causal language model's folder."""
+
+PROJECTOR = Naming(
+    rename=(
+        (r"(?:model\.)?mm_projector\.0\.", "multi_modal_projector.linear_1."),
+        (r"(?:model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
+        (r"(?:model\.)?mm_projector\.(?=weight|bias)", "multi_modal_projector.linear_1."),
+        (r"(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    ),
+    unused=(r"(^|\.)(vision_tower|language_model|lm_head)\.",),
+)
+"""A projector alone (`mm_projector.bin` of the original LLaVA too), or the projector of a whole LLaVA."""
+
+
+def to_language_only(name: str) -> str:
+    """The name in a language model's own folder."""
+    return name.removeprefix("language_model.")

@@ -1,0 +1,83 @@
+"""Where a model comes from: one Hugging Face folder, or a vision folder, a language folder and a projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from llava_core.errors import WeightsError
+from llava_core.model.spec import ModelSpec
+from llava_core.weights import names
+from llava_core.weights.folder import WeightsFolder, weight_files
+from llava_core.weights.hf_config import FeatureSelect, model_spec, read_config, text_spec, vision_spec
+from llava_core.weights.names import Naming
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that has not been loaded yet.
+
+    Attributes:
+        spec: its numbers.
+        tensors: a loader for each of this library's parameter names.
+        tokenizer_folder: the folder with its tokenizer.
+        processor_folder: the folder with its image processor; None for a language model.
+        files: every weights file, for fingerprints.
+    """
+
+    spec: ModelSpec
+    tensors: dict[str, Callable[[], Tensor]]
+    tokenizer_folder: Path
+    processor_folder: Path | None
+    files: tuple[Path, ...]
+
+
+def from_folder(folder: Path) -> ModelSource:
+    """A whole LLaVA, or a language model."""
+    spec = model_spec(read_config(folder), folder)
+    naming = names.LLAVA if spec.vision else names.LANGUAGE
+    tensors = _tensors(folder, naming, tied=spec.text.tied_embeddings)
+    return ModelSource(spec, tensors, folder, folder if spec.vision else None, tuple(weight_files(folder)))
+
+
+def compose(
+    vision: Path,
+    language: Path,
+    projector: Path | None,
+    *,
+    projector_type: str,
+    feature_layer: int,
+    feature_select: FeatureSelect,
+) -> ModelSource:
+    """A LLaVA from its parts. Without `projector` its parameters are left for the loader to initialise."""
+    text = text_spec(read_config(language), language)
+    tower = vision_spec(read_config(vision), vision, feature_layer, feature_select)
+    spec = ModelSpec(text, tower, projector_type)
+    tensors = _tensors(vision, names.VISION) | _tensors(language, names.LANGUAGE, tied=text.tied_embeddings)
+    paths = [vision, language]
+    if projector is not None:
+        tensors |= _tensors(projector, names.PROJECTOR)
+        paths.append(projector)
+    files = tuple(file for path in paths for file in weight_files(path))
+    return ModelSource(spec, tensors, language, vision, files)
+
+
+def _tensors(path: Path, naming: Naming, *, tied: bool = False) -> dict[str, Callable[[], Tensor]]:
+    folder = WeightsFolder(path)
+    found: dict[str, Callable[[], Tensor]] = {}
+    origin: dict[str, str] = {}
+    for disk_name in folder:
+        name = naming.canonical(disk_name)
+        if name is None or (tied and name == "language_model.lm_head.weight"):
+            continue  # a tied head is the embedding: some releases write it twice
+        if name in found:
+            raise WeightsError(f"{path}: {disk_name!r} and {origin[name]!r} are both {name!r}.")
+        found[name], origin[name] = _reader(folder, disk_name), disk_name
+    return found
+
+
+def _reader(folder: WeightsFolder, name: str) -> Callable[[], Tensor]:
+    return lambda: folder[name]
