@@ -1,0 +1,90 @@
+"""Examples to batches: which samples share a micro-batch, and how they are laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from llava_core.data.batch import Batch, Counts, Example
+from llava_core.errors import BadRow
+
+
+def pack_samples(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of samples for each micro-batch, none above `budget` tokens.
+
+    First-fit decreasing: the longest first, each into the first micro-batch with room; at most 11/9 of the optimum plus
+    one (Johnson 1973). Micro-batches, and samples in them, keep the order of the step's samples.
+
+    Raises:
+        BadRow: a sample is longer than the budget.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        if length > budget:
+            raise BadRow("too_long", f"{length} tokens do not fit a micro-batch of {budget} (batch.micro_tokens).")
+        slot = next((s for s, free in enumerate(room) if free >= length), None)
+        if slot is None:
+            packs.append([])
+            room.append(budget)
+            slot = len(packs) - 1
+        packs[slot].append(index)
+        room[slot] -= length
+    return sorted((sorted(pack) for pack in packs), key=lambda pack: pack[0])
+
+
+def pad_samples(num_samples: int, micro_size: int) -> list[list[int]]:
+    """Indices of samples for each padded micro-batch of `micro_size` rows, in order; the last may be smaller."""
+    return [list(range(start, min(start + micro_size, num_samples))) for start in range(0, num_samples, micro_size)]
+
+
+def build_batch(examples: Sequence[Example], *, pad_id: int, image_size: int, padded: bool = False) -> Batch:
+    """The examples laid end to end; with `padded` each is lengthened to the longest.
+
+    Padding follows a sample's own tokens, so under causal attention no token of the sample ever sees it, and no label
+    lies on it.
+
+    Args:
+        image_size: height and width of the zero image that stands in where no example has an image.
+    """
+    longest = max(example.length for example in examples)
+    spans = [longest if padded else example.length for example in examples]
+    offsets = [0, *accumulate(spans)]
+    tokens = torch.full((offsets[-1],), pad_id, dtype=torch.int64)
+    labels, targets, slots = [], [], []
+    for example, offset in zip(examples, offsets, strict=False):
+        tokens[offset : offset + example.length] = example.tokens
+        predicted = example.supervised[1:].nonzero()[:, 0]  # the position before each supervised token
+        labels.append(predicted + offset)
+        targets.append(example.tokens[1:][predicted])
+        slots += [torch.arange(s, s + example.visual_tokens) + offset for s in example.image_starts]
+    images = [example.pixels for example in examples if example.pixels is not None]
+    return Batch(
+        tokens=tokens,
+        positions=torch.cat([torch.arange(span) for span in spans]),
+        cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
+        cu_seqlens_host=tuple(offsets),
+        pixels=torch.cat(images) if images else torch.zeros(1, 3, image_size, image_size),
+        image_index=torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64),
+        label_index=torch.cat(labels),
+        targets=torch.cat(targets),
+        labels_per_sample=tuple(example.num_labels for example in examples),
+        counts=_counts(examples, offsets[-1]),
+        ids=tuple(example.id for example in examples),
+    )
+
+
+def _counts(examples: Sequence[Example], num_positions: int) -> Counts:
+    tokens = sum(example.length for example in examples)
+    image_tokens = sum(len(example.image_starts) * example.visual_tokens for example in examples)
+    return Counts(
+        text_tokens=tokens - image_tokens,
+        image_tokens=image_tokens,
+        label_tokens=sum(example.num_labels for example in examples),
+        pad_tokens=num_positions - tokens,
+        samples=len(examples),
+        images=sum(len(example.image_starts) for example in examples),
+    )
