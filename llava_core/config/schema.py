@@ -1,0 +1,191 @@
+"""Every setting of a run, typed and frozen. A key that does not exist is an error, and so is a wrong type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Part = Literal["vision", "projector", "language"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class ModelConfig(Section):
+    """Where the model comes from: `path` alone, or `vision` and `language` (and a `projector`)."""
+
+    path: Path | None = Field(None, description="a Hugging Face LLaVA or language-model folder")
+    vision: Path | None = Field(None, description="a CLIP or SigLIP folder")
+    language: Path | None = Field(None, description="a Llama or Mistral folder")
+    projector: Path | None = Field(
+        None, description="projector weights: a LLaVA folder or mm_projector.bin; else fresh"
+    )
+    projector_type: str = Field("mlp2x_gelu", description="linear, identity or mlpNx_gelu, for a composed model")
+    vision_feature_layer: int = Field(-2, description="which hidden state of the tower, for a composed model")
+    vision_feature_select: Literal["default", "full"] = Field("default", description="without or with the class token")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.path is not None:
+            fields = type(self).model_fields
+            clashing = sorted(k for k in COMPOSED_ONLY if getattr(self, k) != fields[k].default)
+            if clashing:
+                raise ValueError(f"path names a whole model, so {', '.join(clashing)} cannot be set beside it")
+        elif self.vision is None or self.language is None:
+            raise ValueError("set path (a whole model), or vision and language (to compose one)")
+        return self
+
+
+COMPOSED_ONLY = (
+    "vision",
+    "language",
+    "projector",
+    "projector_type",
+    "vision_feature_layer",
+    "vision_feature_select",
+)
+
+
+class DataConfig(Section):
+    """What is trained on, and how a row becomes tokens."""
+
+    path: Path = Field(description="a LLaVA JSON or JSONL file")
+    images: Path | None = Field(None, description="the folder that image paths are relative to")
+    reader: str | None = Field(None, description="a registered reader; by the file's suffix if not given")
+    template: str = Field(
+        "v1", description="a registered conversation template, or `tokenizer` for the tokenizer's own"
+    )
+    image_aspect: Literal["square", "pad"] = Field("pad", description="crop to a square, or pad to one")
+    max_length: PositiveInt = Field(2048, description="tokens of a sample, its visual tokens included")
+    order: Literal["shuffled", "sequential", "modality_length"] = Field(
+        "shuffled", description="modality_length: the original LLaVA's grouping by modality and length"
+    )
+    num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode; 0 decodes in the trainer")
+    max_bad_fraction: Fraction = Field(0.01, description="the run stops when more rows than this are unusable")
+    max_image_pixels: PositiveInt = Field(100_000_000, description="larger images are refused before decoding")
+
+
+class BatchConfig(Section):
+    """How an optimizer step is made up: of `global_size` samples, in micro-batches of one of two kinds."""
+
+    global_size: PositiveInt = Field(description="samples of one optimizer step")
+    micro_tokens: PositiveInt | None = Field(None, description="packed micro-batches of at most so many tokens")
+    micro_size: PositiveInt | None = Field(None, description="padded micro-batches of so many samples")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> BatchConfig:
+        if (self.micro_tokens is None) == (self.micro_size is None):
+            raise ValueError("set exactly one of micro_tokens (packed) and micro_size (padded)")
+        if self.micro_size is not None and self.global_size % self.micro_size:
+            raise ValueError(f"global_size {self.global_size} is not a multiple of micro_size {self.micro_size}")
+        return self
+
+
+class LearningRates(Section):
+    """A learning rate for each part that has its own; the others take `optimizer.learning_rate`."""
+
+    vision: PositiveFloat | None = None
+    projector: PositiveFloat | None = None
+    language: PositiveFloat | None = None
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: PositiveFloat = Field(description="the peak, for every part without one of its own")
+    part_learning_rates: LearningRates = LearningRates()
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="not applied to biases and norms")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip_norm: PositiveFloat | None = Field(1.0, description="largest global gradient norm; null for no limit")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Fraction | None = Field(None, description="linear warm-up over this share of the steps")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="linear warm-up over so many steps")
+    final_fraction: Fraction = Field(0.0, description="the learning rate at the end, as a share of the peak")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> OptimizerConfig:
+        if self.warmup_fraction is not None and self.warmup_steps is not None:
+            raise ValueError("set at most one of warmup_fraction and warmup_steps")
+        if self.schedule == "constant" and self.final_fraction != 0.0:
+            raise ValueError("final_fraction means nothing under schedule constant: leave it out")
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    trainable: tuple[Part, ...] = Field(description="which parts learn; the others are frozen")
+    epochs: PositiveInt | None = Field(None, description="passes over the data")
+    max_steps: PositiveInt | None = Field(
+        None, description="optimizer steps; stops earlier than epochs if both are set"
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: what the hardware does best")
+    loss: Literal["token_mean", "micro_batch_mean", "sequence_mean"] = Field(
+        "token_mean",
+        description="mean over the step's tokens; of micro-batch means (the original's); of sequence means",
+    )
+    recompute: bool = Field(False, description="recompute decoder layers in the backward pass to save memory")
+    compile: bool = Field(False, description="torch.compile each decoder layer")
+    deterministic: bool = Field(True, description="only kernels that give the same bits for the same input")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> TrainConfig:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("set epochs or max_steps: a run needs an end")
+        if not self.trainable or len(set(self.trainable)) != len(self.trainable):
+            raise ValueError(f"trainable = {list(self.trainable)}: name at least one part, each once")
+        return self
+
+
+class CheckpointConfig(Section):
+    """State checkpoints, from which a run resumes exactly."""
+
+    every_steps: PositiveInt | None = Field(None, description="save at these intervals; null: only when interrupted")
+    keep: PositiveInt | None = Field(2, description="how many to keep; null keeps all")
+    resume: bool = Field(True, description="go on from the newest complete checkpoint in the output folder")
+
+
+class LogConfig(Section):
+    """What a run shows and writes."""
+
+    every_steps: PositiveInt = 1
+    trackers: tuple[str, ...] = Field(("tensorboard",), description="registered trackers, beside metrics.jsonl")
+
+
+class BackendConfig(Section):
+    """The hardware."""
+
+    name: str | None = Field(None, description="a registered backend; null takes the best accelerator that is available")
+    threads: PositiveInt | None = Field(None, description="host threads for compute; null lets the backend choose")
+    kernels: dict[str, str] = Field(default_factory=dict, description="a kernel for a place in the model, by name")
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    output: Path = Field(description="the run's folder: metrics, checkpoints, plots and the export, in `hf`")
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    backend: BackendConfig = BackendConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.batch.micro_tokens is not None and self.batch.micro_tokens < self.data.max_length:
+            raise ValueError(
+                f"batch.micro_tokens {self.batch.micro_tokens} is below data.max_length {self.data.max_length}: "
+                "the longest samples would fit no micro-batch"
+            )
+        return self
