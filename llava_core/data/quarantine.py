@@ -1,0 +1,96 @@
+"""Bad rows: listed in a file with the reason, counted, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_core.errors import ConfigError, TrainingError
+
+# Fewer bad rows than this do not stop a run, however few were good: one row says nothing about a data set. A
+# `max_fraction` of 0 asks for no bad row at all, and stops at the first.
+MIN_BAD_ROWS = 10
+
+
+class Quarantine:
+    """The list of bad rows in `path`, one JSON object a line, and the counts of good and bad rows.
+
+    Each row is listed once in the file, however often it is met: in later epochs, and after a resume from a checkpoint
+    older than its line. The counts are of meetings, and belong to the run's checkpoint. One process writes a file.
+
+    Args:
+        path: made with its folder when the first row is listed.
+        max_fraction: of bad rows among all that were met.
+
+    Raises:
+        ConfigError: `max_fraction` is not in 0…1.
+    """
+
+    def __init__(self, path: Path, max_fraction: float) -> None:
+        if not 0 <= max_fraction <= 1:
+            raise ConfigError(f"the largest fraction of bad rows must lie in 0…1, not be {max_fraction}")
+        self.path = path
+        self.max_fraction = max_fraction
+        self.num_good = 0
+        self.reasons: Counter[str] = Counter()
+        self._listed = _read_listed(path)
+
+    @property
+    def num_bad(self) -> int:
+        return self.reasons.total()
+
+    def add_good(self, count: int = 1) -> None:
+        """Counts rows that were used."""
+        self.num_good += count
+
+    def add(self, id: str, index: int, reason: str, message: str) -> None:
+        """Counts a bad row, and lists it unless it is listed already; the line has left the process on return."""
+        self.reasons[reason] += 1
+        if (index, id) in self._listed:
+            return
+        line = json.dumps({"id": id, "index": index, "reason": reason, "message": message})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self._listed.add((index, id))
+
+    def check(self) -> None:
+        """Stops a run whose data is too bad.
+
+        Raises:
+            TrainingError: the fraction of bad rows exceeds `max_fraction`, and they are at least MIN_BAD_ROWS.
+        """
+        bad, met = self.num_bad, self.num_bad + self.num_good
+        if bad <= self.max_fraction * met or (bad < MIN_BAD_ROWS and self.max_fraction > 0):
+            return
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        raise TrainingError(
+            f"{bad} of {met} rows ({bad / met:.1%}) cannot be used, the limit is {self.max_fraction:.1%}: {reasons}. "
+            f"They are listed in {self.path}; mend the data or raise the limit"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, as JSON values."""
+        return {"num_good": self.num_good, "reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on counting from a checkpoint. What is listed in the file stays listed."""
+        self.num_good = state["num_good"]
+        self.reasons = Counter(state["reasons"])
+
+
+def _read_listed(path: Path) -> set[tuple[int, str]]:
+    """The rows that a file lists; a last line cut short by a crash is taken off, its row will be met again."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return set()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    rows = (json.loads(line) for line in whole.splitlines())
+    return {(row["index"], row["id"]) for row in rows}
