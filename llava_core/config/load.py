@@ -63,7 +63,12 @@ def build_config(settings: dict[str, Any]) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The whole config as YAML that `load_config` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return settings_to_yaml(config.model_dump(mode="json"))
+
+
+def settings_to_yaml(settings: dict[str, Any]) -> str:
+    """Settings as YAML, checked or not."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings))
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

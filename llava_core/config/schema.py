@@ -163,7 +163,9 @@ class LogConfig(Section):
 class BackendConfig(Section):
     """The hardware."""
 
-    name: str | None = Field(None, description="a registered backend; null takes the best accelerator that is available")
+    name: str | None = Field(
+        None, description="a registered backend; null takes the best accelerator that is available"
+    )
     threads: PositiveInt | None = Field(None, description="host threads for compute; null lets the backend choose")
     kernels: dict[str, str] = Field(default_factory=dict, description="a kernel for a place in the model, by name")
 

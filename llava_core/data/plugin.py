@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from llava_core.plugins import Contribution, hookimpl
 
-TEMPLATES = {
-    "plain": "image and caption only: LLaVA's first stage",
-    "v1": "Vicuna v1.1: LLaVA-1.5's second stage",
-    "llama_2": "Llama-2 chat",
-    "llama_3": "Llama-3 instruct",
-    "mistral": "Mistral instruct",
-    "chatml": "ChatML",
-}
-
 
 @hookimpl
 def llava_register_readers() -> list[Contribution]:
@@ -24,5 +15,13 @@ def llava_register_readers() -> list[Contribution]:
 
 @hookimpl
 def llava_register_templates() -> list[Contribution]:
-    address = "llava_core.data.templates:{}"
-    return [Contribution(name, address.format(name.upper()), summary) for name, summary in TEMPLATES.items()]
+    module = "llava_core.data.templates"
+    return [
+        Contribution("plain", f"{module}:PLAIN", "an image and its caption: LLaVA-1.5's first stage"),
+        Contribution("v1", f"{module}:V1", "Vicuna v1: LLaVA-1.5's second stage"),
+        Contribution("llama_2", f"{module}:LLAMA_2", "Llama 2 chat"),
+        Contribution("llava_llama_2", f"{module}:LLAVA_LLAMA_2", "Llama 2 chat with LLaVA's system text"),
+        Contribution("llama_3", f"{module}:LLAMA_3", "Llama 3 instruct, as LLaVA-NeXT trains it"),
+        Contribution("mistral", f"{module}:MISTRAL", "Mistral instruct"),
+        Contribution("chatml", f"{module}:CHATML", "ChatML, as LLaVA-1.6 34B"),
+    ]

@@ -1,0 +1,38 @@
+"""The `llava-core` command. Each subcommand has a file of its own and imports what it needs when it runs.
+
+Exit codes: 0 done; 1 a run failed; 2 the request cannot be honoured (config, data, weights, backend); 130 and 143
+interrupted by SIGINT and SIGTERM, the state saved.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from llava_core.cli.ask import ask
+from llava_core.cli.backends import backends
+from llava_core.cli.demo import demo
+from llava_core.cli.doctor import doctor
+from llava_core.cli.generate import generate
+from llava_core.cli.train import train
+from llava_core.errors import CheckpointError, LlavaError, TrainingError
+
+app = typer.Typer(
+    help="Train LLaVA models with one script and the same numbers on every accelerator.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, train, ask, generate, backends, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    try:
+        app()
+    except LlavaError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1 if isinstance(error, TrainingError | CheckpointError) else 2)

@@ -1,0 +1,165 @@
+"""The training step on PyTorch: forward and backward over a step's micro-batches, then one update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_core.data.batch import Batch
+from llava_core.engine.hardware import Hardware
+from llava_core.engine.loss import LossMode, label_weights
+from llava_core.engine.optimizer import build_optimizer, parameter_groups
+from llava_core.errors import CheckpointError, TrainingError
+from llava_core.model.llava import Llava
+
+MIN_LOSS_SCALE = 1.0
+"""An fp16 loss scale below this means that gradients overflow whatever the scale: the run has diverged."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What the optimizer is built from.
+
+    Attributes:
+        learning_rates: the peak of each part that learns.
+        clip_norm: largest global gradient norm; None for no limit.
+    """
+
+    learning_rates: Mapping[str, float]
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    clip_norm: float | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step.
+
+    Attributes:
+        loss: the step's loss, before the update.
+        grad_norm: global gradient norm, before clipping.
+        skipped: the gradients overflowed fp16; nothing was updated, and the loss scale was lowered.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool = False
+
+
+class TorchEngine:
+    """A model and its optimizer on one device."""
+
+    def __init__(self, model: Llava, hardware: Hardware, settings: OptimizerSettings, loss: LossMode) -> None:
+        self.model = model
+        self.hardware = hardware
+        self.loss = loss
+        self.clip_norm = settings.clip_norm
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        groups = parameter_groups(self.trained.items(), settings.learning_rates, settings.weight_decay)
+        self.optimizer = build_optimizer(hardware.backend, groups, settings.betas, settings.eps)
+        fp16 = model.compute_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(hardware.backend.device_type, enabled=fp16)
+
+    def step(self, batches: Sequence[Batch], learning_rate_scale: float) -> StepResult:
+        """Train on one step's micro-batches, at this share of each part's peak learning rate.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; the weights are as they were before the step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_scale
+        loss = self._accumulate(batches)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = self._clip()
+        # The one place where the host waits for the device: whether to update must be known before updating.
+        result = StepResult(float(loss), float(grad_norm))
+        if not math.isfinite(result.loss) or (not math.isfinite(result.grad_norm) and not self.scaler.is_enabled()):
+            self.optimizer.zero_grad()
+            raise TrainingError(self._describe_failure(result, batches))
+        self.scaler.step(self.optimizer)  # skips the update by itself where fp16 gradients overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return result if math.isfinite(result.grad_norm) else self._overflowed(result)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What learns and what the optimizer knows: tensors by logical name, and JSON values. Nothing frozen."""
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.trained.items()}
+        for name, parameter in self.trained.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        rng = {f"rng.{name}": state for name, state in self.hardware.backend.rng.state().items()}
+        return tensors | rng, {"loss_scale": self.scaler.state_dict()}
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Return to a state, bit for bit.
+
+        Raises:
+            CheckpointError: it belongs to another model or another choice of trainable parts.
+        """
+        self._check_names(tensors)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                self.trained[rest].data.copy_(value)
+            elif kind == "optimizer":
+                key, _, parameter_name = rest.partition(".")
+                moments.setdefault(parameter_name, {})[key] = value
+        self._load_moments(moments)
+        self.hardware.backend.rng.load_state(
+            {key.removeprefix("rng."): value for key, value in tensors.items() if key.startswith("rng.")}
+        )
+        self.scaler.load_state_dict(state["loss_scale"])
+
+    def _load_moments(self, moments: Mapping[str, dict[str, Tensor]]) -> None:
+        """Through the optimizer's own loading, which knows where each of its values must live."""
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        ordered = [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
+        numbered = {index: moments[name] for index, name in enumerate(ordered) if name in moments}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": numbered})
+
+    def _accumulate(self, batches: Sequence[Batch]) -> Tensor:
+        total = torch.zeros((), device=self.hardware.device)
+        for batch, weights in zip(batches, label_weights(self.loss, batches), strict=True):
+            loss = self.model(batch.to(self.hardware.device), weights.to(self.hardware.device, non_blocking=True))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _clip(self) -> Tensor:
+        parameters = list(self.trained.values())
+        if self.clip_norm is None:
+            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+
+    def _overflowed(self, result: StepResult) -> StepResult:
+        if self.scaler.get_scale() < MIN_LOSS_SCALE:
+            raise TrainingError(
+                f"fp16 gradients overflow even at a loss scale of {self.scaler.get_scale()}; lower the learning rate, "
+                "or train in bf16 or fp32 (train.precision)."
+            )
+        return StepResult(result.loss, result.grad_norm, skipped=True)
+
+    def _describe_failure(self, result: StepResult, batches: Sequence[Batch]) -> str:
+        ids = [id for batch in batches for id in batch.ids]
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        return (
+            f"loss {result.loss}, gradient norm {result.grad_norm}: the step was not applied, the weights are intact. "
+            f"Its samples: {shown}. Lower the learning rate, or look at these samples."
+        )
+
+    def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
+        found = {k.removeprefix("model."): v.shape for k, v in tensors.items() if k.startswith("model.")}
+        expected = {name: p.shape for name, p in self.trained.items()}
+        differing = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+        if differing:
+            raise CheckpointError(
+                f"the checkpoint trains other parameters than this run; {len(differing)} differ, the first: "
+                f"{', '.join(differing[:5])}. Resume with the config it was made with, or use another output folder."
+            )

@@ -1,0 +1,63 @@
+"""Floating-point operations of a training step, counted from its shapes: the model's, whatever the kernels do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+
+from llava_core.data.batch import Batch
+from llava_core.model.spec import ModelSpec, TextSpec, VisionSpec, projector_depth
+
+
+def step_flops(spec: ModelSpec, trainable: Collection[str], batches: Sequence[Batch]) -> float:
+    """FLOPs of the forward and backward passes over a step's micro-batches; recomputation and padding are not work.
+
+    A matmul of [m, k] by [k, n] is 2mkn. Its backward is as much again for the gradient of its input and as much for
+    that of its weight, where each is needed: a frozen decoder above a trained projector passes gradients on but has
+    none of its own, and a frozen tower has neither. Causal attention does half of the square.
+    """
+    total = 0.0
+    projector_learns = bool({"projector", "vision"} & set(trainable))
+    for batch in batches:
+        language = _text_flops(spec.text, batch)
+        attention = _causal_attention_flops(spec.text, batch)
+        backward = projector_learns or "language" in trainable
+        total += language * (1 + backward + ("language" in trainable)) + attention * (1 + 2 * backward)
+        if spec.vision is not None:
+            images = batch.counts.images
+            learns = "vision" in trainable
+            total += images * vision_flops(spec.vision) * (3 if learns else 1)
+            total += images * projector_flops(spec) * (1 + learns + ("projector" in trainable))
+    return total
+
+
+def vision_flops(spec: VisionSpec) -> float:
+    """Forward FLOPs of one image through the layers that are run."""
+    width, positions = spec.hidden_size, spec.num_positions
+    layer = 2 * positions * (4 * width**2 + 2 * width * spec.intermediate_size) + 4 * positions**2 * width
+    return spec.num_layers_run * layer + 2 * spec.num_patches * 3 * spec.patch_size**2 * width
+
+
+def projector_flops(spec: ModelSpec) -> float:
+    """Forward FLOPs of one image."""
+    assert spec.vision is not None
+    depth, out = projector_depth(spec.projector), spec.text.hidden_size
+    return 2 * spec.vision.visual_tokens * sum((spec.vision.hidden_size if i == 0 else out) * out for i in range(depth))
+
+
+def _text_flops(spec: TextSpec, batch: Batch) -> float:
+    """The matmuls with weights; the head runs on labels only, as does the last layer after its attention."""
+    heads, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    before = spec.hidden_size * (heads + 2 * kv_heads)
+    after = spec.hidden_size * heads + 3 * spec.hidden_size * spec.intermediate_size
+    tokens, labels = batch.counts.tokens, batch.counts.label_tokens
+    rows = tokens * (spec.num_layers * before + (spec.num_layers - 1) * after)
+    return 2.0 * (rows + labels * (after + spec.hidden_size * spec.vocab_size))
+
+
+def _causal_attention_flops(spec: TextSpec, batch: Batch) -> float:
+    """Scores and weighted values: 2 · 2 · length² / 2 for each head dim, or of the window where it is shorter."""
+    window = spec.sliding_window or max(batch.cu_seqlens_host)
+    lengths = [end - start for start, end in pairwise(batch.cu_seqlens_host)]
+    pairs = sum(min(n, window) * (n - min(n, window) / 2) for n in lengths)
+    return 4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers

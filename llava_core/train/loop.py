@@ -1,0 +1,166 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from llava_core.config import RunConfig, to_yaml
+from llava_core.data.loader import Step
+from llava_core.engine.torch_engine import StepResult
+from llava_core.plugins import Registry
+from llava_core.train import report, resume
+from llava_core.train.flops import step_flops
+from llava_core.train.interrupt import StopRequest, stop_on_signals
+from llava_core.train.metrics import MetricsLog, StepMetrics, Tracker
+from llava_core.train.plots import plot_loss
+from llava_core.train.prepare import Run, prepare
+from llava_core.weights.export import export_model
+
+EXPORT_FOLDER = "hf"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        steps: optimizer steps done, those before a resume included.
+        export: the Hugging Face folder; None where the run was interrupted.
+        exit_code: 0, or 128 + the number of the signal that interrupted it.
+    """
+
+    steps: int
+    export: Path | None
+    exit_code: int
+
+
+def train(config: RunConfig, registry: Registry | None = None, console: Console | None = None) -> RunResult:
+    """Run a config to its end, or until a signal asks to stop; then there is a checkpoint to go on from.
+
+    Raises:
+        LlavaError: whatever stops the run; what was written before stays.
+    """
+    registry = registry or Registry.discover()
+    console = console or Console()
+    run = prepare(config, registry)
+    report.print_plan(run, console)
+    done, notes = resume.resume(run)
+    for note in notes:
+        console.print(note)
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    with stop_on_signals() as stop:
+        done = run_steps(run, done, stop, registry, console)
+    plot_loss(config.output)
+    if stop:
+        console.print(f"interrupted after step {done}; the state is saved. The same command goes on from there.")
+        return RunResult(done, None, stop.exit_code)
+    export = export_run(run)
+    console.print(f"exported to {export}")
+    return RunResult(done, export, 0)
+
+
+def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, console: Console) -> int:
+    """Steps `done` to the end, or to the stop request. Returns the steps done."""
+    total, config = run.schedule.total_steps, run.config
+    timed_steps = _timed(iter(run.loader))
+    with ExitStack() as stack:
+        log = stack.enter_context(_closing(MetricsLog(config.output, done)))
+        trackers = [stack.enter_context(_closing(t)) for t in build_trackers(config, registry)]
+        bar = stack.enter_context(report.progress_bar(console, total, done, config.output.name))
+        while done < total and not stop:
+            start = time.perf_counter()
+            step, data_seconds = next(timed_steps)
+            if done == 0:
+                report.print_first_sample(run, step, console)
+            result = run.engine.step(step.batches, run.schedule.scale(done))
+            done += 1
+            if done % config.log.every_steps == 0 or done == total:
+                metrics = measure(run, step, result, done, data_seconds, time.perf_counter() - start)
+                log.log(metrics)
+                track(trackers, metrics)
+                bar.update(metrics)
+            if stop or is_due(config.checkpoint.every_steps, done):
+                resume.save(run, done)
+    return done
+
+
+def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: float, seconds: float) -> StepMetrics:
+    """The numbers of a step."""
+    counts, backend = step.counts, run.hardware.backend
+    flops = step_flops(run.source.spec, run.config.train.trainable, step.batches) / seconds
+    peak = backend.peak_flops.get(run.engine.model.compute_dtype)
+    memory = backend.memory.peak_bytes()
+    backend.memory.reset_peak()
+    return StepMetrics(
+        lr=max(group["lr"] for group in run.engine.optimizer.param_groups),
+        data_time=data_seconds,
+        loss=result.loss,
+        time=seconds,
+        tflops=flops / 1e12,
+        tokens_per_sec=counts.tokens / seconds,
+        iter=done,
+        memory=memory >> 20,
+        step=done,
+        grad_norm=result.grad_norm,
+        text_tokens_per_sec=counts.text_tokens / seconds,
+        text_tokens=counts.text_tokens,
+        image_tokens=counts.image_tokens,
+        label_tokens=counts.label_tokens,
+        pad_tokens=counts.pad_tokens,
+        samples=counts.samples,
+        epoch=run.loader.epoch + run.loader.position / len(run.loader.builder.reader),
+        mfu=flops / peak if peak else None,
+        skipped=result.skipped,
+    )
+
+
+def export_run(run: Run) -> Path:
+    """The trained model as a Hugging Face folder."""
+    return export_model(
+        run.engine.model,
+        run.tokenizer,
+        run.processor,
+        run.template,
+        run.config.output / EXPORT_FOLDER,
+        dtype=run.engine.model.compute_dtype,
+    )
+
+
+def build_trackers(config: RunConfig, registry: Registry) -> list[Tracker]:
+    """The trackers that the config names."""
+    return [registry.load("tracker", name)(config.output) for name in config.log.trackers]
+
+
+def track(trackers: Sequence[Tracker], metrics: StepMetrics) -> None:
+    """Pass a step's finite numbers on."""
+    numbers = {k: float(v) for k, v in asdict(metrics).items() if v is not None and math.isfinite(v)}
+    for tracker in trackers:
+        tracker.log(metrics.step, numbers)
+
+
+def is_due(every: int | None, done: int) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and done % every == 0
+
+
+def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
+    while True:
+        start = time.perf_counter()
+        step = next(steps)
+        yield step, time.perf_counter() - start
+
+
+@contextmanager
+def _closing(thing: MetricsLog | Tracker) -> Iterator[MetricsLog | Tracker]:
+    try:
+        yield thing
+    finally:
+        thing.close()

@@ -1,0 +1,89 @@
+"""What a step is reported as: one JSON object a line in `metrics.jsonl`, and the trackers a run asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step.
+
+    Attributes:
+        lr: the highest learning rate of any part.
+        data_time: seconds spent waiting for the data.
+        loss: of the step, before its update.
+        time: seconds of the whole step, the data included.
+        tflops: model TFLOP/s of this device over `time`.
+        tokens_per_sec: text and image tokens a second, padding not counted.
+        text_tokens_per_sec: text tokens only, the figure that XTuner calls tokens_per_sec.
+        iter, step: optimizer steps done; two names, for readers of either kind of log.
+        memory: peak device memory in MiB.
+        mfu: `tflops` over the device's peak; None where that is unknown.
+        skipped: the gradients overflowed fp16 and nothing was updated.
+    """
+
+    lr: float
+    data_time: float
+    loss: float
+    time: float
+    tflops: float
+    tokens_per_sec: float
+    iter: int
+    memory: int
+    step: int
+    grad_norm: float
+    text_tokens_per_sec: float
+    text_tokens: int
+    image_tokens: int
+    label_tokens: int
+    pad_tokens: int
+    samples: int
+    epoch: float
+    mfu: float | None
+    skipped: bool
+
+
+class Tracker(Protocol):
+    """Somewhere else that metrics go."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The numbers of one step."""
+
+    def close(self) -> None:
+        """The run has ended; nothing more comes."""
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run's folder. Lines beyond the step that a run resumes from are taken off first."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self.path = folder / METRICS_FILE
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(folder) if row["step"] <= resumed_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Append a step; the line has left the process on return."""
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's `metrics.jsonl`; none where there is no file. A line cut short by a crash is left out."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

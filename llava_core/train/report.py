@@ -1,0 +1,99 @@
+"""What a run tells the person who started it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llava_core.backend import Selection
+from llava_core.data.loader import Step
+from llava_core.data.tokens import describe, render_supervised
+from llava_core.model.freeze import PARTS
+from llava_core.train.metrics import StepMetrics
+from llava_core.train.prepare import Run
+
+
+def print_plan(run: Run, console: Console) -> None:
+    """Hardware, parameters, kernels with their reasons, data and steps."""
+    model, hardware = run.engine.model, run.hardware
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("backend", f"{hardware.backend.name}, {hardware.device_name}")
+    table.add_row("precision", str(model.compute_dtype).removeprefix("torch."))
+    for part, prefix in PARTS.items():
+        sizes = [p.numel() for name, p in model.named_parameters() if name.startswith(prefix)]
+        if sizes:
+            learns = "trained" if part in run.config.train.trainable else "frozen"
+            table.add_row(part, f"{sum(sizes):,} parameters, {learns}")
+    table.add_row("data", f"{len(run.loader.builder.reader):,} rows, template {run.template.name}")
+    table.add_row("tokenizer", describe(run.tokenizer))
+    table.add_row("steps", f"{run.schedule.total_steps:,} of {run.config.batch.global_size} samples")
+    console.print(Panel(table, title="plan", title_align="left"))
+    console.print(kernel_table(run.selections))
+
+
+def kernel_table(selections: Mapping[str, Selection]) -> Table:
+    """Which kernel each place in the model got, and why not another."""
+    table = Table(title="kernels", title_justify="left")
+    for column in ("place", "kernel", "not chosen, and why"):
+        table.add_column(column, overflow="fold")
+    for site, selection in selections.items():
+        table.add_row(site, selection.kernel.name, "\n".join(f"{name}: {why}" for name, why in selection.rejected))
+    return table
+
+
+def print_first_sample(run: Run, step: Step, console: Console) -> None:
+    """The first sample decoded with its supervised part marked, and the first step's counts."""
+    batch = step.batches[0]
+    end = batch.cu_seqlens_host[1]
+    tokens = batch.tokens[:end]
+    supervised = tokens != tokens  # all False, of the right shape
+    own_labels = batch.label_index[: batch.labels_per_sample[0]]
+    supervised[own_labels + 1] = True
+    visual = run.source.spec.vision.visual_tokens if run.source.spec.vision else 1
+    starts = [int(slot) for slot in batch.image_index[::visual] if slot < end]
+    text = render_supervised(run.tokenizer, tokens, supervised, starts, visual)
+    console.print(Panel(text, title=f"first sample, {batch.ids[0]}; ⟦supervised⟧", title_align="left"))
+    counts = step.counts
+    console.print(
+        f"first step: {counts.samples} samples in {len(step.batches)} micro-batches, {counts.text_tokens} text, "
+        f"{counts.image_tokens} image, {counts.label_tokens} supervised, {counts.pad_tokens} padding tokens"
+    )
+
+
+@contextmanager
+def progress_bar(console: Console, total: int, done: int, title: str) -> Iterator[ProgressBar]:
+    """A live bar; where the output is not a terminal, a line now and then instead."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield ProgressBar(progress, console, total, done, title)
+
+
+class ProgressBar:
+    """Shows steps as they are done."""
+
+    LINES = 10
+    """How many lines a run prints where there is no terminal to draw a bar on."""
+
+    def __init__(self, progress: Progress, console: Console, total: int, done: int, title: str) -> None:
+        self._progress, self._console, self._total, self._title = progress, console, total, title
+        self._task = progress.add_task(title, total=total, completed=done, shown="")
+
+    def update(self, metrics: StepMetrics) -> None:
+        """One step was done."""
+        shown = f"loss {metrics.loss:.3f}  grad {metrics.grad_norm:.2f}  {metrics.tokens_per_sec:,.0f} tok/s"
+        self._progress.update(self._task, completed=metrics.step, shown=shown)
+        line_due = metrics.step % max(1, self._total // self.LINES) == 0 or metrics.step == self._total
+        if not self._console.is_terminal and line_due:
+            self._console.print(f"{self._title}: step {metrics.step}/{self._total}  {shown}")

@@ -1,0 +1,117 @@
+"""What a state checkpoint of a run holds, and when a run may go on from one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_core.errors import CheckpointError
+from llava_core.train.checkpoint import load_newest, save_state
+from llava_core.train.prepare import Run
+
+FREE_TO_CHANGE = ("output", "checkpoint.", "log.", "backend.", "data.num_workers")
+"""Settings that do not change the numbers of a run."""
+
+HEAD_BYTES = 1 << 20
+
+
+def checkpoint_folder(run: Run) -> Path:
+    """Where the run's state checkpoints lie."""
+    return run.config.output / "checkpoints"
+
+
+def save(run: Run, step: int) -> Path:
+    """Save the run's whole state after `step` optimizer steps. Raises CheckpointError."""
+    tensors, engine_state = run.engine.state()
+    state = {
+        "engine": engine_state,
+        "loader": run.loader.state_dict(),
+        "settings": _settings(run),
+        "weights": _weights_fingerprint(run),
+        "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "backend": _backend(run)},
+    }
+    return save_state(checkpoint_folder(run), step, tensors, state, keep=run.config.checkpoint.keep)
+
+
+def resume(run: Run) -> tuple[int, list[str]]:
+    """Return the run to its newest sound checkpoint.
+
+    Returns:
+        The optimizer steps done so far, 0 for a fresh start; and what the user should know.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged, or the newest sound one is of another run.
+    """
+    folder = checkpoint_folder(run)
+    if not run.config.checkpoint.resume:
+        if folder.is_dir() and any(folder.glob("step-*")):
+            raise CheckpointError(
+                f"{folder} holds checkpoints and checkpoint.resume is false: name another output, or remove them."
+            )
+        return 0, []
+    loaded, skipped = load_newest(folder)
+    notes = [f"skipped a damaged checkpoint: {path}: {reason}" for path, reason in skipped]
+    if loaded is None:
+        if skipped:
+            raise CheckpointError(
+                "no checkpoint is sound; to start afresh name another output folder.\n" + "\n".join(notes)
+            )
+        return 0, []
+    _check_same_run(loaded.state, run, folder)
+    run.engine.load_state(loaded.tensors, loaded.state["engine"])
+    run.loader.load_state_dict(loaded.state["loader"])
+    notes.append(f"resumed after step {loaded.step} from {folder}")
+    threads = loaded.state["environment"]["threads"]
+    if threads != torch.get_num_threads():
+        notes.append(
+            f"the checkpoint was made with {threads} threads, this run has {torch.get_num_threads()}: sums may differ "
+            f"in their last bits. Set backend.threads={threads} to repeat it bit for bit."
+        )
+    return loaded.step, notes
+
+
+def _check_same_run(state: Mapping[str, Any], run: Run, folder: Path) -> None:
+    now, then = _settings(run), state["settings"]
+    changed = [
+        f"\n  {key}: was {then.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key)
+    ]
+    if _weights_fingerprint(run) != state["weights"]:
+        changed.append("\n  the model's weights files are not those it started from")
+    if changed:
+        raise CheckpointError(
+            f"{folder} belongs to a run with other settings:{''.join(changed)}\n"
+            "Restore them to resume, or name another output folder to start afresh."
+        )
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    flat = _flatten(run.config.model_dump(mode="json"))
+    settings = {key: value for key, value in flat.items() if not key.startswith(FREE_TO_CHANGE)}
+    return settings | {"train.precision": str(run.engine.model.compute_dtype)}
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
+    return flat
+
+
+def _weights_fingerprint(run: Run) -> list[list[str | int]]:
+    """Name, size and a hash of the head of every weights file: names, shapes and dtypes, not every byte."""
+    return [[file.name, file.stat().st_size, _head_hash(file)] for file in run.source.files]
+
+
+def _head_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
+
+
+def _backend(run: Run) -> str:
+    return f"{run.hardware.backend.name} ({run.hardware.device_name})"
