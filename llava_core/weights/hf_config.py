@@ -13,6 +13,12 @@ from llava_core.model.spec import ModelSpec, RopeSpec, TextSpec, VisionSpec
 
 FeatureSelect = Literal["default", "full"]
 
+OWN_PROJECTOR = "llava_core:"
+"""In an export's `projector_hidden_act`: a projector that transformers does not have, whose type follows.
+
+transformers has one activation between two linear layers. It refuses a folder with this mark; without it, it would fill
+in random weights."""
+
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The folder's config, with the defaults of its family filled in.
@@ -32,7 +38,11 @@ def model_spec(config: PretrainedConfig, where: Path) -> ModelSpec:
     """The spec of a whole folder: a LLaVA, or a language model."""
     if config.model_type != "llava":
         return ModelSpec(text_spec(config, where))
-    _require(where, "projector_hidden_act", config.projector_hidden_act, "gelu")
+    projector = "mlp2x_gelu"
+    if config.projector_hidden_act.startswith(OWN_PROJECTOR):
+        projector = config.projector_hidden_act.removeprefix(OWN_PROJECTOR)
+    else:
+        _require(where, "projector_hidden_act", config.projector_hidden_act, "gelu")
     _require(where, "multimodal_projector_bias", config.multimodal_projector_bias, True)
     if not isinstance(config.vision_feature_layer, int):
         raise WeightsError(
@@ -43,6 +53,7 @@ def model_spec(config: PretrainedConfig, where: Path) -> ModelSpec:
     return ModelSpec(
         text=text_spec(config.text_config, where, tied=bool(config.tie_word_embeddings)),
         vision=vision_spec(config.vision_config, where, config.vision_feature_layer, select),
+        projector=projector,
         image_token_id=config.image_token_index,
     )
 
@@ -104,7 +115,7 @@ def llava_config(spec: ModelSpec) -> dict[str, Any]:
         "model_type": "llava",
         "image_token_index": spec.image_token_id,
         "image_seq_length": spec.vision.visual_tokens,
-        "projector_hidden_act": "gelu",
+        "projector_hidden_act": "gelu" if spec.projector == "mlp2x_gelu" else OWN_PROJECTOR + spec.projector,
         "multimodal_projector_bias": True,
         "vision_feature_layer": spec.vision.feature_layer,
         "vision_feature_select_strategy": spec.vision.feature_select,

@@ -1,0 +1,220 @@
+"""A model with all that it takes to ask it: tokenizer, image processor, template and end marks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from PIL import Image
+
+from llava_core.backend import OpSet
+from llava_core.data.batch import Example
+from llava_core.data.conversation import Template, check_image_count
+from llava_core.data.images import MAX_WORKING_PIXELS, ImageProcessor, ImageStore
+from llava_core.data.loader import Rejected
+from llava_core.data.records import Turn
+from llava_core.data.tokens import encode
+from llava_core.errors import BadRow, ConfigError
+from llava_core.inference.chat_template import build_prompt, folder_template
+from llava_core.inference.generate import Stop, generate
+from llava_core.inference.prompts import Answer, Finish, PromptRow, mark_image
+from llava_core.inference.sampling import GenerationSettings
+from llava_core.model.llava import Llava
+from llava_core.model.spec import ModelSpec
+from llava_core.weights.load import load_model
+from llava_core.weights.source import from_folder
+from llava_core.weights.tokenizer import load_tokenizer
+from llava_core.weights.vocabulary import bare_mark, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Picture: TypeAlias = str | Path | Image.Image
+
+
+class Assistant:
+    """Answers questions with a model.
+
+    Args:
+        image_processor: None for a language model.
+        template: writes the prompts; the one that the model was trained with.
+        stop_ids: tokens that end an answer, besides eos and the template's end marks.
+    """
+
+    def __init__(
+        self,
+        model: Llava,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: ImageProcessor | None,
+        template: Template,
+        stop_ids: Iterable[int] = (),
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.template = template
+        self.stop = build_stop(tokenizer, template, stop_ids)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        build_ops: Callable[[ModelSpec], OpSet],
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        template: Template | None = None,
+    ) -> Assistant:
+        """The assistant of a Hugging Face folder: an export, another LLaVA, or a language model.
+
+        Args:
+            build_ops: chooses kernels for the folder's model, on the opened `device`.
+            template: in place of the folder's own chat template.
+
+        Raises:
+            ConfigError: no template is given and the folder has none, or its image processor cannot be honoured.
+            WeightsError: the folder's weights or config cannot be used.
+        """
+        source = from_folder(folder)
+        tokenizer = load_tokenizer(source.tokenizer_folder)
+        template = template or folder_template(source.tokenizer_folder, tokenizer)
+        processor = ImageProcessor.from_folder(source.processor_folder) if source.processor_folder else None
+        model = load_model(source, build_ops(source.spec), compute_dtype=compute_dtype, device=device).eval()
+        return cls(model, tokenizer, processor, template, _generation_eos(folder))
+
+    def ask(
+        self,
+        question: str,
+        image: Picture | Sequence[Picture] | None = None,
+        settings: GenerationSettings | None = None,
+    ) -> str:
+        """The answer to a question, about an image or without one.
+
+        Args:
+            image: a path or a PIL image; several go with a question whose template has room for them.
+
+        Raises:
+            BadRow: an image that cannot be used, or a question that does not fit the template or the model.
+        """
+        pictures = [image] if isinstance(image, str | Path | Image.Image) else list(image or [])
+        settings = settings or GenerationSettings()
+        turns = (mark_image(question, bool(pictures)),)
+        prompt = self.build_example("ask", turns, [_load(picture) for picture in pictures], settings)
+        return self.decode(generate(self.model, [prompt], settings, self.stop)[0])
+
+    def generate(
+        self,
+        rows: Iterable[PromptRow | Rejected],
+        settings: GenerationSettings,
+        *,
+        batch_size: int,
+        images: ImageStore | None = None,
+    ) -> Iterator[Answer | Rejected]:
+        """The answer to each row, in order; rows that were rejected, or cannot be answered, come out as `Rejected`.
+
+        Args:
+            batch_size: rows that are generated together.
+            images: where the rows' image paths lead; None if no row has any.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size = {batch_size}; expected at least 1.")
+        remaining = iter(rows)
+        while batch := list(islice(remaining, batch_size)):
+            yield from self._answer(batch, settings, images)
+
+    def build_example(
+        self, id: str, turns: tuple[Turn, ...], pictures: Sequence[Image.Image], settings: GenerationSettings
+    ) -> Example:
+        """A prompt as the model reads it, tokenised as in training.
+
+        Raises:
+            BadRow: see `ask`.
+        """
+        spec = self.model.spec
+        if pictures and self.image_processor is None:
+            raise BadRow("unexpected_image", "this model has no vision tower: ask without an image.")
+        conversation = build_prompt(self.template, turns, self.tokenizer, multimodal=spec.vision is not None)
+        check_image_count(conversation, len(pictures))
+        visual_tokens = spec.vision.visual_tokens if spec.vision else 1
+        encoded = encode(
+            conversation,
+            self.tokenizer,
+            visual_tokens=visual_tokens,
+            # A repetition penalty falls on what stands here, in transformers as well; 0 is unk as a rule.
+            pad_id=spec.image_token_id or 0,
+            max_length=max(spec.text.max_positions - settings.max_new_tokens, 0),
+        )
+        pixels = None
+        if self.image_processor is not None and pictures:
+            pixels = torch.stack([self.image_processor(picture) for picture in pictures])
+        return Example(id, encoded.tokens, encoded.supervised, encoded.image_starts, pixels, visual_tokens)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without what ended it."""
+        body = tokens[:-1] if tokens and tokens[-1] in self.stop.ids else tokens
+        text = self.tokenizer.decode(list(body), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        for mark in self.stop.strings:
+            text = text.partition(mark)[0]
+        return text.strip()
+
+    def _answer(
+        self, rows: Sequence[PromptRow | Rejected], settings: GenerationSettings, images: ImageStore | None
+    ) -> Iterator[Answer | Rejected]:
+        prepared = [self._prepare(row, settings, images) for row in rows]
+        prompts = [example for example in prepared if isinstance(example, Example)]
+        answers = iter(generate(self.model, prompts, settings, self.stop) if prompts else [])
+        for row, example in zip(rows, prepared, strict=True):
+            if isinstance(example, Rejected) or isinstance(row, Rejected):
+                assert isinstance(example, Rejected)
+                yield example
+                continue
+            tokens = next(answers)
+            finish: Finish = "stop" if self.stop.reached(tokens) else "length"
+            yield Answer(row.id, row.question, self.decode(tokens), len(tokens), finish, row.reference)
+
+    def _prepare(
+        self, row: PromptRow | Rejected, settings: GenerationSettings, images: ImageStore | None
+    ) -> Example | Rejected:
+        if isinstance(row, Rejected):
+            return row
+        try:
+            if row.images and images is None:
+                raise BadRow("unexpected_image", "the row has an image, and no image folder was given.")
+            pictures = [images.open(name) for name in row.images] if images else []
+            return self.build_example(row.id, row.turns, pictures, settings)
+        except BadRow as bad:
+            return Rejected(row.id, row.index, bad.reason, bad.message)
+
+
+def build_stop(tokenizer: PreTrainedTokenizerBase, template: Template, ids: Iterable[int] = ()) -> Stop:
+    """What ends an answer in a template's text: eos, `ids`, and its end marks.
+
+    A mark that is not a token of its own may also come as part of others, so it is looked for in the text as well.
+    """
+    marks = [bare_mark(mark) for mark in template.stop]
+    strings = tuple(mark for mark in marks if mark not in tokenizer.get_added_vocab())
+    return Stop(frozenset(stop_ids(tokenizer, marks)) | frozenset(ids), strings, tokenizer)
+
+
+def _generation_eos(folder: Path) -> list[int]:
+    """The end tokens of the folder's `generation_config.json`."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _load(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    path = Path(os.path.realpath(picture))
+    if not path.parent.is_dir():
+        raise BadRow("missing_image", f"there is no image {str(picture)!r}")
+    return ImageStore(path.parent, MAX_WORKING_PIXELS).open(path.name)
