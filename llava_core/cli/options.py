@@ -12,10 +12,13 @@ BackendOption = Annotated[
     typer.Option("--backend", help="A registered backend; by default the best accelerator available, else the CPU."),
 ]
 PrecisionOption = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
-Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature; greedy if not given.")]
-TopP = Annotated[float | None, typer.Option(help="Sample from the most likely tokens that make up this probability.")]
+TemplateOption = Annotated[
+    str | None, typer.Option(help="A registered template, in place of the folder's own chat template.")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
+Temperature = Annotated[float, typer.Option(help="Sample at this temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens that make up this probability.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from so many most likely tokens.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that occurred already less likely.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
-ModelArgument = Annotated[Path, typer.Argument(help="A Hugging Face LLaVA folder, e.g. a run's `hf`.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face LLaVA folder, e.g. a run's `hf`.")]

@@ -20,7 +20,6 @@ def llava_register_templates() -> list[Contribution]:
         Contribution("plain", f"{module}:PLAIN", "an image and its caption: LLaVA-1.5's first stage"),
         Contribution("v1", f"{module}:V1", "Vicuna v1: LLaVA-1.5's second stage"),
         Contribution("llama_2", f"{module}:LLAMA_2", "Llama 2 chat"),
-        Contribution("llava_llama_2", f"{module}:LLAVA_LLAMA_2", "Llama 2 chat with LLaVA's system text"),
         Contribution("llama_3", f"{module}:LLAMA_3", "Llama 3 instruct, as LLaVA-NeXT trains it"),
         Contribution("mistral", f"{module}:MISTRAL", "Mistral instruct"),
         Contribution("chatml", f"{module}:CHATML", "ChatML, as LLaVA-1.6 34B"),
