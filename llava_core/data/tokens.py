@@ -1,0 +1,245 @@
+"""Conversations to token ids, with the supervised tokens marked.
+
+The rules are the original LLaVA's (llava/mm_utils.py, tokenizer_image_token; llava/train/train.py):
+
+- The text between two images is one chunk and is tokenised on its own, so that `▁` starts each chunk; BOS stands at the
+  very start alone.
+- A chunk is tokenised whole and its tokens are mapped to spans by character offsets: a token is supervised if it starts
+  in a trainable span. The original counts the tokens of each round instead; both give the same labels wherever that
+  count is right.
+- The tokenizer's special tokens are recognised wherever their text stands, also in what a user wrote: `</s>` in a
+  question is the token `</s>`, as in the original. Such text never changes what is trainable here.
+- A sample that is longer than `max_length` with its images expanded is cut there. (The original cuts the text first,
+  each image counting as one token; the second cut is never the longer one.) An image that the cut goes through is left
+  out whole, and so is all that follows: its kept part could only precede targets that are gone, so the loss is the
+  original's. `Encoded.image_starts` then has fewer entries than the row has images, and only that many are needed.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from llava_core.data.conversation import Conversation, Span
+from llava_core.errors import BadRow, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORD_START = "▁"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation.
+
+    Attributes:
+        tokens: [T] int64; the visual tokens of each image hold the pad id.
+        supervised: [T] bool; True where the token is a target; all False for a prompt.
+        image_starts: the first position of each image that was kept, in order.
+    """
+
+    tokens: Tensor
+    supervised: Tensor
+    image_starts: tuple[int, ...]
+
+
+def encode(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    visual_tokens: int,
+    pad_id: int,
+    max_length: int,
+) -> Encoded:
+    """Tokenises a conversation for training, or a prompt for generation, into at most `max_length` tokens.
+
+    Args:
+        visual_tokens: how many positions an image takes; 0 only where there are no images.
+        pad_id: the id that stands in them.
+
+    Raises:
+        BadRow: `no_supervised_token` if no token with a predecessor is left to train; `prompt_too_long` if a prompt,
+            which is never cut, does not fit.
+        ConfigError: a tokenizer that has no character offsets or adds more than a BOS.
+    """
+    if conversation.num_images and visual_tokens < 1:
+        raise ValueError(f"a conversation with images needs visual_tokens of at least 1, not {visual_tokens}")
+    ids = _bos(tokenizer) if conversation.adds_bos else []
+    supervised = [False] * len(ids)
+    image_starts: list[int] = []
+    for index, spans in enumerate(_chunks(conversation)):
+        if index:
+            image_starts.append(len(ids))
+            ids += [pad_id] * visual_tokens
+            supervised += [False] * visual_tokens
+        chunk_ids, chunk_supervised = _encode_chunk(spans, tokenizer)
+        ids += chunk_ids
+        supervised += chunk_supervised
+    if conversation.is_prompt:
+        if len(ids) > max_length:
+            raise BadRow("prompt_too_long", f"a prompt of {len(ids)} tokens; at most {max_length} fit: shorten it")
+        end = len(ids)
+    else:
+        end = _cut(len(ids), image_starts, visual_tokens, max_length)
+        if not any(supervised[1:end]):
+            raise BadRow(
+                "no_supervised_token",
+                f"of {len(ids)} tokens, {end} fit into max_length {max_length}, and none of these is an answer's; "
+                "raise max_length or shorten the question",
+            )
+    return Encoded(
+        tokens=torch.tensor(ids[:end], dtype=torch.int64),
+        supervised=torch.tensor(supervised[:end], dtype=torch.bool),
+        image_starts=tuple(start for start in image_starts if start < end),
+    )
+
+
+def _cut(length: int, image_starts: Sequence[int], visual_tokens: int, max_length: int) -> int:
+    """Where to end so as to fit and to leave no part of an image."""
+    end = min(length, max_length)
+    for start in image_starts:
+        if start < end < start + visual_tokens:
+            return start
+    return end
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: its BOS or nothing."""
+    added = tokenizer("")["input_ids"]
+    if added not in ([], [tokenizer.bos_token_id]):
+        raise ConfigError(
+            f"the tokenizer adds the ids {added} to a text; expected its BOS or nothing: templates write their own end "
+            "marks, so set add_eos_token to false in tokenizer_config.json"
+        )
+    return list(added)
+
+
+def _chunks(conversation: Conversation) -> Iterator[list[Span]]:
+    """The spans before, between and after the image slots: always one list more than there are slots."""
+    spans: list[Span] = []
+    for piece in conversation.pieces:
+        if isinstance(piece, Span):
+            spans.append(piece)
+        else:
+            yield spans
+            spans = []
+    yield spans
+
+
+def _encode_chunk(spans: Sequence[Span], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Ids of the spans' joined text, and which of them start in a trainable span."""
+    text = "".join(span.text for span in spans)
+    if not text:
+        return [], []
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{type(tokenizer).__name__} gives no character offsets; use a tokenizer of `tokenizers`")
+    shift = int(_loses_first_space(text, tokenizer))
+    encoding = tokenizer(" " * shift + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = list(accumulate(len(span.text) for span in spans))
+    supervised, reached = [], 0
+    for start, end in encoding["offset_mapping"]:
+        # A token starts where the last one ended, also where trim_offsets hides its leading space; the bytes of one
+        # character share its offsets, so the start may lie before that.
+        begin = min(max(min(start, reached) - shift, 0), len(text) - 1)
+        supervised.append(spans[bisect_right(ends, begin)].trainable)
+        reached = end
+    return list(encoding["input_ids"]), supervised
+
+
+def _loses_first_space(text: str, tokenizer: Any) -> bool:
+    """True if the tokenizer takes the text's own first space for the `▁` that starts a text.
+
+    The original's sentencepiece tokenizer puts `▁` before a space, too; the Metaspace that transformers 5 builds for
+    Llama does not. It matters where a caption starts with a space and where a question is an image alone, so that the
+    next chunk is " ASSISTANT:". One more space gives sentencepiece's ids. Remove when Metaspace prepends always.
+    """
+    if not text.startswith((" ", WORD_START)):
+        return False
+    with_space, without = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in (" a", "a"))
+    return with_space == without
+
+
+def describe(tokenizer: PreTrainedTokenizerBase) -> str:
+    """One line on what decides the ids: the class, where `▁` is put (measured, not read off a flag), bos, eos, pad."""
+    parts = [f"{type(tokenizer).__name__}: {len(tokenizer)} tokens", _word_starts(tokenizer)]
+    added = _bos(tokenizer)
+    for name in ("bos", "eos", "pad"):
+        token, index = getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")
+        parts.append(f"{name} {token} = {index}" if token is not None else f"no {name}")
+    parts[2] += " (added to a text)" if added else " (not added to a text)"
+    return ", ".join(parts)
+
+
+def _word_starts(tokenizer: Any) -> str:
+    if not tokenizer.tokenize("a")[0].startswith(WORD_START):
+        return f"no {WORD_START} before a text"
+    special = next(iter(tokenizer.all_special_tokens), None)
+    if special is not None and tokenizer.tokenize(f"{special}a")[1].startswith(WORD_START):
+        return f"legacy=True ({WORD_START} after every special token)"
+    return f"legacy=False ({WORD_START} only where a text starts)"
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a complete tokenizer folder that tokenises alike when it is loaded again.
+
+    transformers 5.23 writes neither `legacy` nor `add_bos_token`, so that a Llama tokenizer with `legacy=True` comes
+    back as another one. Remove when save_pretrained writes both.
+    """
+    tokenizer.save_pretrained(folder)
+    if not hasattr(tokenizer, "legacy"):
+        return
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"legacy": tokenizer.legacy, "add_bos_token": bool(_bos(tokenizer))}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def render_supervised(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    supervised: Tensor,
+    image_starts: Sequence[int],
+    visual_tokens: int,
+) -> Text:
+    """The decoded sample for a person to read: targets in ⟦brackets⟧ and green, images as `[image ×576]`.
+
+    Args:
+        tokens: [T] int64.
+        supervised: [T] bool.
+    """
+    result = Text()
+    position = 0
+    for start in [*image_starts, tokens.numel()]:
+        _append_runs(result, tokenizer, tokens[position:start].tolist(), supervised[position:start].tolist())
+        if start < tokens.numel():
+            result.append(f"[image ×{visual_tokens}]", style="cyan")
+        position = start + visual_tokens
+    return result
+
+
+def _append_runs(result: Text, tokenizer: Any, ids: list[int], supervised: list[bool]) -> None:
+    """Appends the text of `ids`, each supervised run marked.
+
+    Decoded from the first id on each time, because a decoder drops the space at the start of what it is given.
+    """
+    shown, start = "", 0
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and supervised[end] == supervised[start]:
+            continue
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        piece, shown = text[len(shown) :], text
+        if supervised[start]:
+            result.append(f"⟦{piece}⟧", style="bold green")
+        else:
+            result.append(piece, style="dim")
+        start = end
