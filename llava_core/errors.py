@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LlavaError(Exception):
-    """Base of every error that llava-core raises on purpose; the command line prints its message without a traceback."""
+    """Base of every error raised on purpose; the command line prints its message without a traceback."""
 
 
 class ConfigError(LlavaError, ValueError):

@@ -118,8 +118,9 @@ def idle_cores() -> int:
 
 def has_bf16_matmul() -> bool:
     """Whether the CPU has matrix instructions for bf16."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.11
-    return bool(capabilities.get("amx_bf16", False))
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False  # an older torch, which cannot tell
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def _cpu_name() -> str:

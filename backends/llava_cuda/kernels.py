@@ -156,5 +156,5 @@ KERNELS = (
     # Keeps two activations for the backward pass instead of three.
     KernelSpec("swiglu", "liger", "llava_cuda.liger:swiglu", 10, on_device(triton_limits), requires="liger_kernel"),
     # The same matmuls as the reference's, without all logits at once (0.8 GiB in fp32 for 6k labels of 32k words).
-    KernelSpec("linear_cross_entropy", "chunked", "llava_cuda.chunked_loss:linear_cross_entropy", 10, always),
+    KernelSpec("linear_cross_entropy", "chunked", "llava_core.backend.chunked_loss:linear_cross_entropy", 10, always),
 )

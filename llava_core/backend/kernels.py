@@ -80,7 +80,7 @@ class KernelSpec:
 
     def verdict(self, request: OpRequest) -> Verdict:
         """Whether this kernel serves `request` in this environment."""
-        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+        if self.requires is not None and not is_installed(self.requires):
             return No(f"{self.requires} is not installed")
         if request.deterministic and not self.deterministic:
             return No("not deterministic")
@@ -95,6 +95,14 @@ class Selection:
     kernel: KernelSpec
     function: Callable[..., Any] = field(repr=False)
     rejected: tuple[tuple[str, str], ...]
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found, without importing it (its parent package is imported, where it has one)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
 
 
 def always(_: OpRequest) -> Verdict:

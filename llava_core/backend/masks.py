@@ -72,8 +72,11 @@ class MaskSpec:
 
     def to(self, device: torch.device) -> MaskSpec:
         """The mask with its tensors on `device`."""
-        moved = {name: getattr(self, name) for name in ("cu_seqlens", "key_valid")}
-        return replace(self, **{name: None if t is None else t.to(device) for name, t in moved.items()})
+        return replace(
+            self,
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device),
+            key_valid=None if self.key_valid is None else self.key_valid.to(device),
+        )
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -156,6 +156,7 @@ ATTENTION_CASES = (
     _attention_case("decode", queries=1, keys=29),
     _attention_case("decode_padded", queries=1, keys=29, rows=3, padded=(0, 5, 28)),
     _attention_case("decode_window_padded", queries=1, keys=29, window=8, padded=(0, 20)),
+    _attention_case("prefill_padded", queries=9, keys=9, padded=(0, 4)),  # the first queries of row 1 see nothing
     _attention_case("bottom_right", queries=6, keys=29),
     _attention_case("packed_causal", queries=0, keys=0, lengths=(17, 1, 40, 9)),
     _attention_case("packed_uniform", queries=0, keys=0, lengths=(24, 24, 24)),

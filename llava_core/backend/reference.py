@@ -20,13 +20,13 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 def attend_mask(mask: MaskSpec, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
     """The mask as bool, True = attend: [Tq, Tk], or [B, 1, Tq, Tk] with padded keys; None for full attention."""
-    allowed = None
+    allowed: Tensor | None = None
     query = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
     key = torch.arange(num_keys, device=device)[None, :]
     if mask.causal:
         allowed = key <= query
-    if mask.window is not None:
-        allowed = allowed & (key > query - mask.window)
+        if mask.window is not None:
+            allowed = allowed & (key > query - mask.window)
     if mask.cu_seqlens is not None:
         sample = torch.bucketize(key[0], mask.cu_seqlens[1:-1].to(key.dtype), right=True)
         same = sample[:, None] == sample[None, :]

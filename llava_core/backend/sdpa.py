@@ -50,10 +50,10 @@ def attention(
     rows = MaskSpec.dense(causal=mask.causal, window=mask.window)
     length = mask.uniform_length
     if length is not None:
-        split = [x.reshape(-1, length, *x.shape[2:]) for x in (q, k, v)]
-        return dense(*split, rows, scale).reshape(q.shape)
+        qs, ks, vs = (x.reshape(-1, length, *x.shape[2:]) for x in (q, k, v))
+        return dense(qs, ks, vs, rows, scale).reshape(q.shape)
     samples = zip(*(x.split(mask.lengths, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([dense(*sample, rows, scale) for sample in samples], dim=1)
+    return torch.cat([dense(qi, ki, vi, rows, scale) for qi, ki, vi in samples], dim=1)
 
 
 def _covers(window: int | None, num_keys: int) -> bool:

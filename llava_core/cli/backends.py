@@ -55,18 +55,17 @@ def _overview(registry: Registry) -> Table:
 
 def _kernels(backend: Backend) -> Table:
     """Every kernel with what keeps it from loading; whether it serves a request is decided per model."""
-    from importlib.util import find_spec
-
     from rich.table import Table
 
     from llava_core.backend import reference_kernels
+    from llava_core.backend.kernels import is_installed
 
     table = Table(title=f"kernels of {backend.name}", title_justify="left")
     for column in ("op", "kernel", "priority", "deterministic", "installed"):
         table.add_column(column, overflow="fold")
     kernels = [*backend.kernels(), *reference_kernels()]
     for kernel in sorted(kernels, key=lambda k: (k.op, -k.priority)):
-        missing = kernel.requires is not None and find_spec(kernel.requires) is None
+        missing = kernel.requires is not None and not is_installed(kernel.requires)
         installed = f"no: needs {kernel.requires}" if missing else "yes"
         table.add_row(kernel.op, kernel.name, str(kernel.priority), "yes" if kernel.deterministic else "no", installed)
     return table

@@ -6,6 +6,7 @@ Shapes: T tokens, S samples, I images, P visual tokens an image, K supervised po
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with every tensor on `device`; copies do not wait for the device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)

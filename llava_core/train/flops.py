@@ -25,9 +25,8 @@ def step_flops(spec: ModelSpec, trainable: Collection[str], batches: Sequence[Ba
         total += language * (1 + backward + ("language" in trainable)) + attention * (1 + 2 * backward)
         if spec.vision is not None:
             images = batch.counts.images
-            learns = "vision" in trainable
-            total += images * vision_flops(spec.vision) * (3 if learns else 1)
-            total += images * projector_flops(spec) * (1 + learns + ("projector" in trainable))
+            total += images * vision_flops(spec.vision) * (3 if "vision" in trainable else 1)
+            total += images * projector_flops(spec, trainable)
     return total
 
 
@@ -38,11 +37,16 @@ def vision_flops(spec: VisionSpec) -> float:
     return spec.num_layers_run * layer + 2 * spec.num_patches * 3 * spec.patch_size**2 * width
 
 
-def projector_flops(spec: ModelSpec) -> float:
-    """Forward FLOPs of one image."""
+def projector_flops(spec: ModelSpec, trainable: Collection[str]) -> float:
+    """FLOPs of one image, forward and backward; the first layer's input has a gradient only where the tower learns."""
     assert spec.vision is not None
     depth, out = projector_depth(spec.projector), spec.text.hidden_size
-    return 2 * spec.vision.visual_tokens * sum((spec.vision.hidden_size if i == 0 else out) * out for i in range(depth))
+    total = 0.0
+    for layer in range(depth):
+        width = spec.vision.hidden_size if layer == 0 else out
+        input_gradient = "vision" in trainable or (layer > 0 and "projector" in trainable)
+        total += 2 * width * out * (1 + input_gradient + ("projector" in trainable))
+    return spec.vision.visual_tokens * total
 
 
 def _text_flops(spec: TextSpec, batch: Batch) -> float:

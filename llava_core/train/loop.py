@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,22 +58,24 @@ def train(config: RunConfig, registry: Registry | None = None, console: Console 
     (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     with stop_on_signals() as stop:
         done = run_steps(run, done, stop, registry, console)
-    plot_loss(config.output)
-    if stop:
-        console.print(f"interrupted after step {done}; the state is saved. The same command goes on from there.")
-        return RunResult(done, None, stop.exit_code)
-    export = export_run(run)
-    console.print(f"exported to {export}")
-    return RunResult(done, export, 0)
+        plot_loss(config.output)
+        if stop:
+            console.print(f"interrupted after step {done}; the state is saved. The same command goes on from there.")
+            return RunResult(done, None, stop.exit_code)
+        # A signal that comes now finds the training done: what is left is finished, so that nothing is lost.
+        export = export_run(run)
+        console.print(f"exported to {export}")
+        return RunResult(done, export, 0)
 
 
 def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, console: Console) -> int:
-    """Steps `done` to the end, or to the stop request. Returns the steps done."""
+    """Steps `done` to the end, or to the stop request; then the last step is saved. Returns the steps done."""
     total, config = run.schedule.total_steps, run.config
+    saved = done
     timed_steps = _timed(iter(run.loader))
     with ExitStack() as stack:
-        log = stack.enter_context(_closing(MetricsLog(config.output, done)))
-        trackers = [stack.enter_context(_closing(t)) for t in build_trackers(config, registry)]
+        log = stack.enter_context(closing(MetricsLog(config.output, done)))
+        trackers = [stack.enter_context(closing(t)) for t in build_trackers(config, registry)]
         bar = stack.enter_context(report.progress_bar(console, total, done, config.output.name))
         while done < total and not stop:
             start = time.perf_counter()
@@ -87,8 +89,12 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
                 log.log(metrics)
                 track(trackers, metrics)
                 bar.update(metrics)
-            if stop or is_due(config.checkpoint.every_steps, done):
+            if is_due(config.checkpoint.every_steps, done):
                 resume.save(run, done)
+                saved = done
+        # After the loop, not in it: a signal may come between any look at `stop` and the next.
+        if stop and saved < done:
+            resume.save(run, done)
     return done
 
 
@@ -157,10 +163,3 @@ def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
         step = next(steps)
         yield step, time.perf_counter() - start
 
-
-@contextmanager
-def _closing(thing: MetricsLog | Tracker) -> Iterator[MetricsLog | Tracker]:
-    try:
-        yield thing
-    finally:
-        thing.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ class StepMetrics:
         iter, step: optimizer steps done; two names, for readers of either kind of log.
         memory: peak device memory in MiB.
         mfu: `tflops` over the device's peak; None where that is unknown.
+        grad_norm: before clipping; not finite where `skipped`.
         skipped: the gradients overflowed fp16 and nothing was updated.
     """
 
@@ -67,12 +70,16 @@ class MetricsLog:
         self.path = folder / METRICS_FILE
         folder.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(folder) if row["step"] <= resumed_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        # Through another name: a run that dies here must not lose the lines of the steps it resumed from.
+        rewritten = self.path.with_name(METRICS_FILE + ".partial")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(rewritten, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: StepMetrics) -> None:
-        """Append a step; the line has left the process on return."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        """Append a step; the line has left the process on return. JSON has no infinity: what is not finite is null."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(metrics).items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

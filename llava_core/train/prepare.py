@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_core.backend import Selection
+from llava_core.backend import OpSet, Selection
 from llava_core.config import RunConfig
 from llava_core.config.schema import DataConfig, ModelConfig
 from llava_core.data.chat_template import tokenizer_template
@@ -77,6 +77,8 @@ def prepare(config: RunConfig, registry: Registry) -> Run:
     trainable = check_trainable(config, source.spec)
     use = Use(dtype, trainable, config.data.max_length, config.train.deterministic)
     ops, selections = build_ops(source.spec, hardware.backend, use, config.backend.kernels)
+    if config.train.compile:
+        ops = outside_compiled_graphs(ops)
     tokenizer = load_tokenizer(source.tokenizer_folder)
     template = find_template(config.data.template, registry, tokenizer)
     processor = find_processor(config.data, source)
@@ -252,6 +254,14 @@ def seed_everything(seed: int, hardware: Hardware) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     hardware.backend.rng.seed(seed)
+
+
+def outside_compiled_graphs(ops: OpSet) -> OpSet:
+    """The same functions with a graph break at attention.
+
+    It reads the samples' lengths on the host; compiled in, each batch's lengths would be another graph.
+    """
+    return replace(ops, attention=torch.compiler.disable(ops.attention))
 
 
 def apply_memory_and_speed(model: Llava, *, recompute: bool, compiled: bool) -> None:

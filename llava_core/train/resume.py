@@ -27,7 +27,7 @@ def checkpoint_folder(run: Run) -> Path:
 def save(run: Run, step: int) -> Path:
     """Save the run's whole state after `step` optimizer steps. Raises CheckpointError."""
     tensors, engine_state = run.engine.state()
-    state = {
+    state: dict[str, Any] = {
         "engine": engine_state,
         "loader": run.loader.state_dict(),
         "settings": _settings(run),
@@ -103,7 +103,7 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _weights_fingerprint(run: Run) -> list[list[str | int]]:
+def _weights_fingerprint(run: Run) -> list[Any]:
     """Name, size and a hash of the head of every weights file: names, shapes and dtypes, not every byte."""
     return [[file.name, file.stat().st_size, _head_hash(file)] for file in run.source.files]
 

@@ -84,13 +84,14 @@ def vision_spec(config: PretrainedConfig, where: Path, feature_layer: int, selec
 
 def text_spec(config: PretrainedConfig, where: Path, *, tied: bool | None = None) -> TextSpec:
     """The spec of a Llama or Mistral. `tied` overrides the config, for one that is part of a LLaVA's."""
-    if config.model_type not in ("llama", "mistral"):
+    families: dict[str, Literal["llama", "mistral"]] = {"llama": "llama", "mistral": "mistral"}
+    if config.model_type not in families:
         raise WeightsError(f"{where}: language model {config.model_type!r}; expected llama or mistral.")
     _require(where, "hidden_act", config.hidden_act, "silu")
     for bias in ("attention_bias", "mlp_bias"):
         _require(where, bias, getattr(config, bias, False), False)
     return TextSpec(
-        family=config.model_type,
+        family=families[config.model_type],
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,

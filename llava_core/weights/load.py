@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def _fresh_projector(source: ModelSource, seed: int) -> dict[str, Callable[[], T
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = Projector(source.spec).state_dict()
-    return {PARTS["projector"] + name: lambda tensor=tensor: tensor for name, tensor in weights.items()}
+    return {PARTS["projector"] + name: partial(weights.__getitem__, name) for name in weights}
 
 
 def _check(model: nn.Module, tensors: Mapping[str, object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -75,9 +76,5 @@ def _tensors(path: Path, naming: Naming, *, tied: bool = False) -> dict[str, Cal
             continue  # a tied head is the embedding: some releases write it twice
         if name in found:
             raise WeightsError(f"{path}: {disk_name!r} and {origin[name]!r} are both {name!r}.")
-        found[name], origin[name] = _reader(folder, disk_name), disk_name
+        found[name], origin[name] = partial(folder.__getitem__, disk_name), disk_name
     return found
-
-
-def _reader(folder: WeightsFolder, name: str) -> Callable[[], Tensor]:
-    return lambda: folder[name]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from llava_core.backend import CATALOGUE, No, OpRequest
 from llava_core.testing.kernels import max_errors
 from llava_cpu.backend import CpuBackend
 
-KERNELS = [kernel for kernel in CpuBackend().kernels()]
+KERNELS = list(CpuBackend().kernels())
 CASES = [
     pytest.param(kernel, case, dtype, id=f"{kernel.name}-{case.name}-{str(dtype).removeprefix('torch.')}")
     for kernel in KERNELS

@@ -55,11 +55,6 @@ def test_a_library_that_is_not_installed_is_a_reason() -> None:
     assert select([missing, kernel("own", 1)], request()).rejected == (("vendor", "no_such_library is not installed"),)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ModuleNotFoundError,
-    reason="find_spec imports the parent of a dotted name and raises where that is missing; verdict lets it through",
-)
 def test_a_submodule_of_a_library_that_is_not_installed_is_a_reason() -> None:
     missing = kernel("vendor", 20, load="no_such_library.ops:f", requires="no_such_library.ops")
     assert select([missing, kernel("own", 1)], request()).kernel.name == "own"
