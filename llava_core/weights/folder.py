@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from torch import Tensor
 from llava_core.errors import WeightsError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+PATTERNS = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "pytorch_model*.bin", "*.bin")
+"""Without an index the first of these that a folder has; the usual names go first, for some hold other formats too."""
 
 
 class WeightsFolder(Mapping[str, Tensor]):
@@ -31,6 +36,11 @@ class WeightsFolder(Mapping[str, Tensor]):
         self._file_of: dict[str, Path] = {}
         for file in weight_files(path):
             for name in self._names(file):
+                if name in self._file_of:
+                    raise WeightsError(
+                        f"{path}: {name!r} is in both {self._file_of[name].name} and {file.name}; "
+                        "remove the file that is not meant."
+                    )
                 self._file_of[name] = file
 
     def __getitem__(self, name: str) -> Tensor:
@@ -62,13 +72,12 @@ def weight_files(path: Path) -> list[Path]:
         raise WeightsError(f"no such folder: {path}. Give a Hugging Face folder or a weights file.")
     for index in INDEXES:
         if (path / index).is_file():
-            shards = json.loads((path / index).read_text())["weight_map"].values()
-            files = [path / shard for shard in sorted(set(shards))]
+            files = [path / shard for shard in _shards(path / index)]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise WeightsError(f"{path / index} names files that are not there: {missing}. Download them again.")
             return files
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.bin"):
+    for pattern in PATTERNS:
         files = sorted(path.glob(pattern))
         if files:
             return files
@@ -77,10 +86,18 @@ def weight_files(path: Path) -> list[Path]:
     )
 
 
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise WeightsError(f"{index} is no index of weights: {error!r}. Is the download complete?") from error
+
+
 def _open_file(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt", device="cpu")
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{file} cannot be read as weights: {error}. Is the download complete?") from error

@@ -1,0 +1,219 @@
+"""Packing: properties of the assignment, and batches against a slow construction in plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_core.data.batch import Batch, Counts, Example
+from llava_core.data.packing import build_batch, pack_samples, pad_samples
+from llava_core.errors import BadRow
+
+PAD = 7
+IMAGE_SIZE = 4
+VISUAL_TOKENS = 3
+
+
+@st.composite
+def lengths_and_budget(draw, max_samples=40, max_length=60):
+    lengths = draw(st.lists(st.integers(1, max_length), max_size=max_samples))
+    return lengths, draw(st.integers(max(lengths, default=1), 2 * max_length))
+
+
+@given(lengths_and_budget())
+def test_every_sample_is_packed_once(case):
+    lengths, budget = case
+    packed = [index for pack in pack_samples(lengths, budget) for index in pack]
+    assert sorted(packed) == list(range(len(lengths)))
+
+
+@given(lengths_and_budget())
+def test_no_pack_is_above_the_budget(case):
+    lengths, budget = case
+    assert all(sum(lengths[i] for i in pack) <= budget for pack in pack_samples(lengths, budget))
+
+
+@given(lengths_and_budget())
+def test_packs_and_their_samples_keep_the_order(case):
+    packs = pack_samples(*case)
+    assert all(pack == sorted(pack) for pack in packs)
+    assert [pack[0] for pack in packs] == sorted(pack[0] for pack in packs)
+
+
+@given(lengths_and_budget())
+def test_no_two_packs_would_fit_together(case):
+    """First-fit's own property; with it all packs but one are more than half full."""
+    lengths, budget = case
+    fill = sorted(sum(lengths[i] for i in pack) for pack in pack_samples(lengths, budget))
+    assert len(fill) < 2 or fill[0] + fill[1] > budget
+
+
+def fewest_packs(lengths: list[int], budget: int) -> int:
+    """By trying everything: each sample into each open pack, or into a new one."""
+
+    def place(index: int, room: tuple[int, ...]) -> int:
+        if index == len(lengths):
+            return len(room)
+        found = [place(index + 1, (*room, budget - lengths[index]))]
+        for slot, free in enumerate(room):
+            if free >= lengths[index]:
+                changed = (*room[:slot], free - lengths[index], *room[slot + 1 :])
+                found.append(place(index + 1, changed))
+        return min(found)
+
+    return place(0, ())
+
+
+@given(lengths_and_budget(max_samples=7, max_length=12))
+def test_first_fit_decreasing_stays_within_its_bound(case):
+    """At most 11/9 of the optimum and 6/9 (Dosa 2007; Johnson's constant is larger)."""
+    lengths, budget = case
+    assert 9 * len(pack_samples(lengths, budget)) <= 11 * fewest_packs(lengths, budget) + 6
+
+
+@given(lengths_and_budget())
+def test_packing_is_a_function_of_its_arguments(case):
+    assert pack_samples(*case) == pack_samples(*case)
+
+
+def test_longest_first():
+    """6 of 3 + 3 and 4 + 2: in the order given, 2 + 3 would leave 4 and 3 alone."""
+    assert pack_samples([2, 3, 4, 3], 6) == [[0, 2], [1, 3]]
+
+
+def test_a_sample_above_the_budget_is_refused_with_both_numbers():
+    with pytest.raises(BadRow, match=r"too_long: 9 tokens do not fit a micro-batch of 8 \(batch\.micro_tokens\)"):
+        pack_samples([3, 9], 8)
+
+
+@given(st.integers(0, 30), st.integers(1, 8))
+def test_padded_micro_batches_are_consecutive(num_samples, micro_size):
+    rows = pad_samples(num_samples, micro_size)
+    assert [i for row in rows for i in row] == list(range(num_samples))
+    assert all(len(row) == micro_size for row in rows[:-1])
+    assert all(0 < len(row) <= micro_size for row in rows)
+
+
+@st.composite
+def examples(draw):
+    """One to four samples with up to two images each; any token but an image's may be supervised, the first too."""
+    built = []
+    for number in range(draw(st.integers(1, 4))):
+        tokens, supervised, image_starts = [], [], []
+        for piece in range(draw(st.integers(1, 3))):
+            if piece > 0:
+                image_starts.append(len(tokens))
+                tokens += [PAD] * VISUAL_TOKENS
+                supervised += [False] * VISUAL_TOKENS
+            text = draw(st.lists(st.tuples(st.integers(10, 99), st.booleans()), min_size=piece == 0, max_size=5))
+            tokens += [token for token, _ in text]
+            supervised += [label for _, label in text]
+        pixels = torch.full((len(image_starts), 3, IMAGE_SIZE, IMAGE_SIZE), number + 1.0) if image_starts else None
+        built.append(
+            Example(
+                f"row-{number}",
+                torch.tensor(tokens),
+                torch.tensor(supervised),
+                tuple(image_starts),
+                pixels,
+                VISUAL_TOKENS,
+            )
+        )
+    return built
+
+
+def slow_batch(samples: list[Example], padded: bool) -> dict[str, object]:
+    """The fields of the batch, token by token."""
+    longest = max(sample.length for sample in samples)
+    out: dict[str, list] = {name: [] for name in ("tokens", "positions", "image_index", "label_index", "targets")}
+    boundaries, labels_per_sample, images = [0], [], []
+    for sample in samples:
+        labels_per_sample.append(0)
+        image_positions = {s + i for s in sample.image_starts for i in range(VISUAL_TOKENS)}
+        for position in range(longest if padded else sample.length):
+            here = len(out["tokens"])
+            inside = position < sample.length
+            out["tokens"].append(int(sample.tokens[position]) if inside else PAD)
+            out["positions"].append(position)
+            if position in image_positions:
+                out["image_index"].append(here)
+            if inside and position > 0 and bool(sample.supervised[position]):
+                out["label_index"].append(here - 1)
+                out["targets"].append(int(sample.tokens[position]))
+                labels_per_sample[-1] += 1
+        boundaries.append(len(out["tokens"]))
+        images += list(sample.pixels) if sample.pixels is not None else []
+    num_tokens = sum(sample.length for sample in samples)
+    counts = Counts(
+        text_tokens=num_tokens - len(out["image_index"]),
+        image_tokens=len(out["image_index"]),
+        label_tokens=len(out["targets"]),
+        pad_tokens=len(out["tokens"]) - num_tokens,
+        samples=len(samples),
+        images=len(images),
+    )
+    return {
+        **{name: torch.tensor(values, dtype=torch.int64) for name, values in out.items()},
+        "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
+        "cu_seqlens_host": tuple(boundaries),
+        "pixels": torch.stack(images) if images else torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),
+        "labels_per_sample": tuple(labels_per_sample),
+        "counts": counts,
+        "ids": tuple(sample.id for sample in samples),
+    }
+
+
+def assert_equal(batch: Batch, expected: dict[str, object]) -> None:
+    assert {field.name for field in fields(batch)} == set(expected)
+    for name, want in expected.items():
+        got = getattr(batch, name)
+        if isinstance(want, torch.Tensor):
+            assert got.dtype == want.dtype, name
+            assert torch.equal(got, want), name
+        else:
+            assert got == want, name
+
+
+@given(examples())
+def test_packed_batch(samples):
+    assert_equal(build_batch(samples, pad_id=PAD, image_size=IMAGE_SIZE), slow_batch(samples, padded=False))
+
+
+@given(examples())
+def test_padded_batch(samples):
+    batch = build_batch(samples, pad_id=PAD, image_size=IMAGE_SIZE, padded=True)
+    assert_equal(batch, slow_batch(samples, padded=True))
+
+
+@given(examples())
+def test_labels_are_split_over_the_samples(samples):
+    batch = build_batch(samples, pad_id=PAD, image_size=IMAGE_SIZE)
+    assert sum(batch.labels_per_sample) == batch.counts.label_tokens == batch.targets.numel()
+    assert batch.labels_per_sample == tuple(sample.num_labels for sample in samples)
+
+
+@given(examples(), examples())
+def test_counts_of_two_batches_add_up(first, second):
+    counts = [build_batch(s, pad_id=PAD, image_size=IMAGE_SIZE).counts for s in (first, second, first + second)]
+    assert counts[0] + counts[1] == counts[2]
+    assert counts[2].tokens == sum(sample.length for sample in first + second)
+
+
+def test_inputs_are_not_written_to():
+    sample = Example("a", torch.arange(10, 15), torch.tensor([True] * 5), (), None, VISUAL_TOKENS)
+    batch = build_batch([sample], pad_id=PAD, image_size=IMAGE_SIZE)
+    batch.tokens.zero_()
+    batch.targets.zero_()
+    assert sample.tokens.tolist() == [10, 11, 12, 13, 14]
+
+
+def test_the_batch_moves_with_its_tensors():
+    sample = Example("a", torch.arange(10, 15), torch.tensor([True] * 5), (), None, VISUAL_TOKENS)
+    batch = build_batch([sample], pad_id=PAD, image_size=IMAGE_SIZE)
+    moved = batch.to(torch.device("meta"))
+    assert all(value.is_meta for value in vars(moved).values() if isinstance(value, torch.Tensor))
+    assert moved.counts == batch.counts
