@@ -82,7 +82,7 @@ class Assistant:
         """
         source = from_folder(folder)
         tokenizer = load_tokenizer(source.tokenizer_folder)
-        template = template or folder_template(source.tokenizer_folder, tokenizer)
+        template = template or folder_template(folder, tokenizer, multimodal=source.spec.vision is not None)
         processor = ImageProcessor.from_folder(source.processor_folder) if source.processor_folder else None
         model = load_model(source, build_ops(source.spec), compute_dtype=compute_dtype, device=device).eval()
         return cls(model, tokenizer, processor, template, _generation_eos(folder))
@@ -138,7 +138,7 @@ class Assistant:
         spec = self.model.spec
         if pictures and self.image_processor is None:
             raise BadRow("unexpected_image", "this model has no vision tower: ask without an image.")
-        conversation = build_prompt(self.template, turns, self.tokenizer, multimodal=spec.vision is not None)
+        conversation = build_prompt(self.template, turns)
         check_image_count(conversation, len(pictures))
         visual_tokens = spec.vision.visual_tokens if spec.vision else 1
         encoded = encode(

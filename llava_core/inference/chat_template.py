@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from llava_core.data.chat_template import TokenizerTemplate, tokenizer_template
+from llava_core.data.chat_template import tokenizer_template
 from llava_core.data.conversation import Conversation, Template
 from llava_core.data.records import Turn
 from llava_core.errors import BadRow, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PROBE = "probe"
 
 # Many templates of LLaVA folders read a message as a list of parts; ours are strings with an `<image>` mark.
 TO_PARTS = """\
@@ -28,8 +31,11 @@ TO_PARTS = """\
 {%- set messages = ns.messages %}"""
 
 
-def folder_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Template:
+def folder_template(folder: Path, tokenizer: PreTrainedTokenizerBase, *, multimodal: bool) -> Template:
     """The chat template that the folder's tokenizer or processor has.
+
+    For a language model its text is complete. That of a LLaVA goes through transformers' processor, which adds the
+    tokenizer's BOS where the text does not start with it, and so it is done here.
 
     May give `tokenizer` a chat template.
 
@@ -42,38 +48,32 @@ def folder_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Templat
     if isinstance(tokenizer.chat_template, str) and not _writes_strings(tokenizer):
         tokenizer.chat_template = TO_PARTS + tokenizer.chat_template
     try:
-        return tokenizer_template(tokenizer)
+        template = tokenizer_template(tokenizer)
+        text = template.prompt([Turn("human", PROBE)]).text
     except TemplateError as error:
         raise ConfigError(
             f"the chat template of {folder} cannot be used: {error}; name a built-in template."
         ) from error
+    bos = tokenizer.bos_token
+    return replace(template, adds_bos=multimodal and not (bos is not None and text.startswith(str(bos))))
 
 
-def build_prompt(
-    template: Template, turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase, *, multimodal: bool
-) -> Conversation:
+def build_prompt(template: Template, turns: Sequence[Turn]) -> Conversation:
     """The text to be continued.
-
-    A chat template's text is complete for a language model. For a LLaVA it goes through transformers' processor, which
-    adds the tokenizer's BOS where the text does not start with it; so it is here.
 
     Raises:
         BadRow: the turns do not fit the template.
     """
     try:
-        conversation = template.prompt(turns)
+        return template.prompt(turns)
     except TemplateError as error:
         raise BadRow("chat_template", f"the chat template refuses the turns: {error}") from error
-    if not (isinstance(template, TokenizerTemplate) and multimodal):
-        return conversation
-    bos = tokenizer.bos_token
-    return replace(conversation, adds_bos=bos is None or not conversation.text.startswith(str(bos)))
 
 
 def _writes_strings(tokenizer: Any) -> bool:
-    probe = "probe"
+    messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": probe}], tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
     except (TemplateError, TypeError):
         return False
-    return probe in text
+    return PROBE in text

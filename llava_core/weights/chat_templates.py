@@ -111,12 +111,13 @@ LLAMA_3 = """\
 """
 
 
-def chat_template(template: Template, *, multimodal: bool) -> str:
+def chat_template(template: Template, *, multimodal: bool, bos: str) -> str:
     """The Jinja chat template that writes `template`'s text.
 
     Args:
         multimodal: whether messages may hold images. Without them a tokenizer's own template stays as it is, and a
             built-in one writes the tokenizer's BOS: `tokenizer.apply_chat_template` adds none.
+        bos: how it is written; see `vocabulary.written_bos`.
 
     Raises:
         ConfigError: a template of a plugin, whose Jinja form is not known.
@@ -125,8 +126,8 @@ def chat_template(template: Template, *, multimodal: bool) -> str:
         own = template.tokenizer.chat_template
         assert isinstance(own, str)  # `tokenizer_template` saw to it
         return FLATTEN + own if multimodal else own
-    bos = "{{- bos_token -}}\n" if template.adds_bos and not multimodal else ""
-    return FLATTEN + CHECK_ROLES + bos + _body(template)
+    start = f"{{{{- {json.dumps(bos)} -}}}}\n" if template.adds_bos and not multimodal else ""
+    return FLATTEN + CHECK_ROLES + start + _body(template)
 
 
 def _body(template: Template) -> str:

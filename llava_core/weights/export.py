@@ -23,7 +23,7 @@ from llava_core.weights.chat_templates import chat_template
 from llava_core.weights.hf_config import llava_config
 from llava_core.weights.names import to_language_only
 from llava_core.weights.shards import TensorToWrite, write_weights
-from llava_core.weights.vocabulary import frozen_tokenizer, grown, grown_size, stop_ids
+from llava_core.weights.vocabulary import frozen_tokenizer, grown, grown_size, stop_ids, written_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ def export_model(
         raise WeightsError("a model with a vision tower is exported with its image processor, and only such a model.")
     exported = frozen_tokenizer(
         tokenizer,
-        chat_template(template, multimodal=multimodal),
+        chat_template(template, multimodal=multimodal, bos=written_bos(tokenizer)),
         multimodal=multimodal,
         # Without a vision tower the text goes through the tokenizer's own chat method, which adds no BOS in any case.
         adds_bos=template.adds_bos or not multimodal,
@@ -81,11 +81,15 @@ def export_model(
     partial = _beside(folder, ".partial")
     _remove(partial)
     partial.mkdir(parents=True)
-    write_weights(partial, _tensors(model, spec), dtype, max_file_bytes=MAX_FILE_BYTES)
-    exported.save_pretrained(partial)
-    for name, content in _configs(spec, exported, image_processor, template, dtype).items():
-        (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _put_in_place(partial, folder)
+    try:
+        write_weights(partial, _tensors(model, spec), dtype, max_file_bytes=MAX_FILE_BYTES)
+        exported.save_pretrained(partial)
+        for name, content in _configs(spec, exported, image_processor, template, dtype).items():
+            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # frees a full disk; the next export sweeps what resists
+        raise
     return folder
 
 

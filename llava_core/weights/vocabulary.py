@@ -66,6 +66,22 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: Iterable[str]) -> tuple[i
     return tuple(ids)
 
 
+def written_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to write before a text to get the ids that the tokenizer itself gives with its BOS; empty if it adds none.
+
+    After a written BOS, some tokenizers leave out the `▁` that starts a text; a space stands in for it.
+
+    Raises:
+        ConfigError: neither way gives the ids.
+    """
+    wanted = tokenizer("a")["input_ids"]
+    starts = [""] if tokenizer.bos_token is None else ["", f"{tokenizer.bos_token}", f"{tokenizer.bos_token} "]
+    for start in starts:
+        if tokenizer(start + "a", add_special_tokens=False)["input_ids"] == wanted:
+            return start
+    raise ConfigError(f"the ids {wanted} that this tokenizer gives to 'a' cannot be had by writing its BOS before it.")
+
+
 def bare_mark(mark: str) -> str:
     """An end mark without the space that a template may write before it; a line break stays one."""
     return mark.strip() or mark
@@ -101,12 +117,14 @@ def _with_image_token(backend: Any) -> Any:
     """
     from tokenizers import AddedToken, Tokenizer
 
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    if IMAGE_MARK in known and _continues_as_trained(backend):
+        return backend
     backend.add_special_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)])
-    candidates = [_edited(backend, word_start=False), _edited(backend, word_start=True)]
-    for candidate in candidates:
-        tokenizer = Tokenizer.from_str(candidate)
-        if _continues_as_trained(tokenizer):
-            return tokenizer
+    for word_start in (False, True):
+        edited = Tokenizer.from_str(_edited(backend, word_start=word_start))
+        if _continues_as_trained(edited):
+            return edited
     raise ConfigError(
         f"this tokenizer tokenises text after {IMAGE_MARK} neither as a text of its own nor as one that lacks its "
         f"{WORD_START}; an export of it would not answer as the model was trained."
