@@ -284,7 +284,16 @@ def test_a_tokenizer_with_an_image_token_keeps_it(tmp_path: Path) -> None:
 def test_end_marks_become_end_tokens(tmp_path: Path) -> None:
     def ends(template: str, kind: str) -> object:
         folder = run_export(tmp_path / template, template=get_template(template), kind=kind)
-        return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        ids = json.loads((folder / "generation_config.json").read_text())
+        assert (ids["bos_token_id"], ids["pad_token_id"]) == (
+            tokenizer(kind).bos_token_id,
+            tokenizer(kind).pad_token_id,
+        )
+        text_config = json.loads((folder / "config.json").read_text())["text_config"]
+        assert {key: text_config[key] for key in ids if key.endswith("_id")} == {
+            key: value for key, value in ids.items() if key.endswith("_id")
+        }
+        return ids["eos_token_id"]
 
     assert ends("v1", "plain") == 2
     assert ends("plain", "plain") == [2, tokenizer().encode("a\n")[-1]]
