@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import io
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
@@ -39,12 +40,14 @@ def merge(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if bad:
         raise ConfigError(f"override {bad[0]!r}: expected key=value, e.g. optimizer.learning_rate=2e-5.")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(_read(source)), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.load(io.StringIO(_read(source)))
+        if not isinstance(given, DictConfig):
+            raise ConfigError(f"{source}: expected a mapping of settings, found a list.")
+        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         container = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
         raise ConfigError(f"{source}: {error}") from error
-    if not isinstance(container, dict):
-        raise ConfigError(f"{source}: expected a mapping of settings, found {type(container).__name__}.")
+    assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 

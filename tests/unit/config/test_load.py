@@ -1,0 +1,195 @@
+"""Configs: every mistake is one message that says what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_core.config import build_config, load_config, recipe_names, to_yaml
+from llava_core.config.load import known_keys
+from llava_core.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "output": "runs/x",
+    "model": {"path": "m"},
+    "data": {"path": "d.json"},
+    "batch": {"global_size": 8, "micro_size": 2},
+    "optimizer": {"learning_rate": 1e-3},
+    "train": {"trainable": ["projector"], "epochs": 1},
+}
+MINIMAL_YAML = """
+output: runs/x
+model: {path: m}
+data: {path: d.json}
+batch: {global_size: 8, micro_size: 2}
+optimizer: {learning_rate: 1.0e-3}
+train: {trainable: [projector], epochs: 1}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL_YAML)
+    return path
+
+
+def problem(file: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load_config(str(file), overrides)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("optimizer.learning_rat=1", "optimizer.learning_rat", "optimizer.learning_rate"),
+        ("learning_rate=1", "learning_rate", "optimizer.learning_rate"),
+        ("train.epoch=1", "train.epoch", "train.epochs"),
+        ("data.learning_rate=1", "data.learning_rate", "optimizer.learning_rate"),
+        ("optimizer.part_learning_rates.projektor=1", "projektor", "optimizer.part_learning_rates.projector"),
+        ("checkpoint.every_step=1", "checkpoint.every_step", "every_steps"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(file: Path, override: str, key: str, nearest: str) -> None:
+    message = problem(file, override)
+    assert f"{key}: no such key. Did you mean" in message
+    assert f"{nearest}'?" in message
+
+
+def test_a_key_like_no_other_lists_the_sections(file: Path) -> None:
+    assert "no such key. Sections: output, model, data, batch" in problem(file, "zzz=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.epochs=two", "train.epochs = 'two'"),
+        ("train.epochs=0", "train.epochs = 0"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1"),
+        ("optimizer.betas=[0.9]", "optimizer.betas.1: not set"),
+        ("optimizer.warmup_fraction=1.5", "optimizer.warmup_fraction = 1.5"),
+        ("train.precision=fp8", "train.precision = 'fp8'"),
+        ("train.trainable=[projector,head]", "train.trainable.1 = 'head'"),
+        ("data.order=random", "data.order = 'random'"),
+        ("model=clip", "model = 'clip'"),
+        ("batch.global_size=2.5", "batch.global_size = 2.5"),
+    ],
+)
+def test_a_wrong_value_is_shown_with_its_key(file: Path, override: str, expected: str) -> None:
+    assert expected in problem(file, override)
+
+
+def test_a_choice_lists_what_there_is(file: Path) -> None:
+    assert all(name in problem(file, "train.precision=fp8") for name in ("auto", "bf16", "fp16", "fp32"))
+
+
+@pytest.mark.parametrize("section", ["output", "data.path", "batch.global_size", "optimizer.learning_rate"])
+def test_what_is_missing_is_named(section: str) -> None:
+    settings = {key: dict(value) if isinstance(value, dict) else value for key, value in MINIMAL.items()}
+    parent, _, leaf = section.rpartition(".")
+    del (settings[parent] if parent else settings)[leaf]
+    with pytest.raises(ConfigError, match=f"{section}: not set, and it has no default"):
+        build_config(settings)
+
+
+def test_all_problems_are_told_at_once(file: Path) -> None:
+    message = problem(file, "train.epochs=x", "data.pth=1", "batch.global_size=0")
+    assert all(key in message for key in ("train.epochs", "data.pth", "batch.global_size"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.vision=v"], "path names a whole model, so vision cannot be set beside it"),
+        (["model.projector_type=linear"], "so projector_type cannot be set beside it"),
+        (["model.path=null", "model.vision=v"], "set path (a whole model), or vision and language"),
+        (["batch.micro_tokens=4096"], "exactly one of micro_tokens (packed) and micro_size (padded)"),
+        (["batch.micro_size=null"], "exactly one of micro_tokens (packed) and micro_size (padded)"),
+        (["batch.micro_size=3"], "global_size 8 is not a multiple of micro_size 3"),
+        (["optimizer.warmup_steps=3", "optimizer.warmup_fraction=0.1"], "at most one of warmup_fraction"),
+        (["optimizer.schedule=constant", "optimizer.final_fraction=0.1"], "final_fraction means nothing"),
+        (["train.epochs=null"], "a run needs an end"),
+        (["train.trainable=[]"], "name at least one part"),
+        (["train.trainable=[projector,projector]"], "each once"),
+        (["batch.micro_size=null", "batch.micro_tokens=1024"], "micro_tokens 1024 is below data.max_length 2048"),
+    ],
+)
+def test_settings_that_clash_are_refused(file: Path, overrides: list[str], expected: str) -> None:
+    assert expected in problem(file, *overrides)
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "--epochs=1", "=1"])
+def test_an_override_needs_a_key_and_a_value(file: Path, override: str) -> None:
+    assert "expected key=value" in problem(file, override)
+
+
+def test_overrides_reach_every_kind_of_value(file: Path) -> None:
+    config = load_config(
+        str(file),
+        [
+            "optimizer.betas=[0.8,0.95]",
+            "train.epochs=null",
+            "train.max_steps=3",
+            "data.images=a b/c",
+            "log.trackers=[]",
+        ],
+    )
+    assert config.optimizer.betas == (0.8, 0.95)
+    assert (config.train.epochs, config.train.max_steps) == (None, 3)
+    assert config.data.images == Path("a b/c")
+    assert config.log.trackers == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["model: {path: m", "a: b: c", "- one\n- two", "just words", "x: ${nowhere}", "42"], ids=repr
+)
+def test_a_file_that_is_no_mapping_of_settings_is_refused(file: Path, text: str) -> None:
+    file.write_text(text)
+    assert problem(file)
+
+
+def test_a_syntax_error_names_the_file_and_line(file: Path) -> None:
+    file.write_text("output: x\nmodel: {path: m\ndata: 1\n")
+    message = problem(file)
+    assert str(file) in message
+    assert "line 3" in message
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'llava15-7b-pretrain'"):
+        load_config("llava15-7b-pretain")
+    with pytest.raises(ConfigError, match="llava15-7b-pretrain, llava15-7b-sft; or give a YAML file"):
+        load_config("zzz")
+
+
+def test_a_config_written_as_yaml_reads_back_equal(file: Path, tmp_path: Path) -> None:
+    overrides = [
+        "optimizer.betas=[0.8,0.95]",
+        "optimizer.eps=1e-7",
+        "optimizer.part_learning_rates.projector=2e-5",
+        "backend.kernels.attention=sdpa",
+        "output='runs/ü: #1'",
+        "checkpoint.keep=null",
+    ]
+    config = load_config(str(file), overrides)
+    (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(str(tmp_path / "again.yaml")) == config
+
+
+def test_a_config_cannot_be_changed(file: Path) -> None:
+    config = load_config(str(file))
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 2  # type: ignore[misc]
+
+
+def test_known_keys_are_whole_paths() -> None:
+    keys = set(known_keys())
+    assert {"output", "model.path", "optimizer.part_learning_rates.vision", "train.trainable"} <= keys
+    assert "model" not in keys
+
+
+def test_there_are_two_recipes() -> None:
+    assert recipe_names() == ["llava15-7b-pretrain", "llava15-7b-sft"]
