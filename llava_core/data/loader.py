@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +16,7 @@ from llava_core.data.images import ImageProcessor, ImageStore
 from llava_core.data.packing import build_batch, pack_samples, pad_samples
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers import Reader
+from llava_core.data.records import Record
 from llava_core.data.templates import Template, check_image_count
 from llava_core.data.tokens import encode
 from llava_core.errors import BadRow, DataError
@@ -43,13 +45,12 @@ class ExampleBuilder:
     pad_id: int
     max_length: int
 
-    def build(self, index: int) -> Example:
+    def build(self, record: Record) -> Example:
         """The example of one row.
 
         Raises:
             BadRow: the row cannot be used.
         """
-        record = self.reader.read(index)
         if record.images and self.images is None:
             raise BadRow("unexpected_image", "the row has an image, and there is no image folder or no vision tower.")
         conversation = self.template.render(record.turns)
@@ -225,10 +226,13 @@ class _Rows(Dataset[list[Example | Rejected]]):
 
 
 def _build_or_reject(builder: ExampleBuilder, row: int) -> Example | Rejected:
+    row_id = f"row-{row}"  # for a row that is too broken to tell its own
     try:
-        return builder.build(row)
+        record = builder.reader.read(row)
+        row_id = record.id
+        return builder.build(record)
     except BadRow as bad:
-        return Rejected(f"row-{row}", row, bad.reason, bad.message)
+        return Rejected(row_id, row, bad.reason, bad.message)
 
 
 def _decoded(builder: ExampleBuilder, rows: Sequence[int], num_workers: int) -> Iterator[Example | Rejected]:
@@ -237,6 +241,13 @@ def _decoded(builder: ExampleBuilder, rows: Sequence[int], num_workers: int) -> 
         batch_size=None,
         num_workers=num_workers,
         generator=torch.Generator(),  # its own, so that starting workers does not draw from the run's random state
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     for group in loader:
         yield from group
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """A terminal and some schedulers signal the whole process group; the trainer needs data to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

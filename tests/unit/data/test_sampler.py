@@ -1,0 +1,72 @@
+"""The order of an epoch: the original LLaVA's where it has one, and always a permutation that only the seed decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_core.data.sampler import Grouping, Order, epoch_order, modality_length_order
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "modality_length_order.json").read_text())
+ORDERS: tuple[Order, ...] = ("shuffled", "sequential", "modality_length")
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+def test_modality_length_is_the_originals_index_for_index(case: dict[str, Any]) -> None:
+    grouping = Grouping(case["lengths"], case["micro_size"], case["num_chunks"])
+    generator = torch.Generator().manual_seed(case["seed"])
+    assert modality_length_order(grouping, generator) == case["order"]
+
+
+groupings = st.builds(
+    Grouping,
+    lengths=st.lists(st.integers(-40, 40).filter(bool), min_size=1, max_size=70),
+    micro_size=st.integers(1, 5),
+    num_chunks=st.integers(1, 6),
+)
+
+
+@given(groupings, st.integers(0, 2**40), st.integers(0, 5))
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_is_a_permutation_that_the_seed_decides(
+    order: Order, grouping: Grouping, seed: int, epoch: int
+) -> None:
+    num_rows = len(grouping.lengths)
+    first = epoch_order(order, num_rows, seed, epoch, grouping)
+    torch.rand(3)  # the global generator has no part in it
+    assert sorted(first) == list(range(num_rows))
+    assert epoch_order(order, num_rows, seed, epoch, grouping) == first
+
+
+@given(groupings, st.integers(0, 2**40))
+def test_all_steps_but_the_last_mixed_one_are_of_one_modality(grouping: Grouping, seed: int) -> None:
+    order = epoch_order("modality_length", len(grouping.lengths), seed, 0, grouping)
+    size = grouping.micro_size * grouping.num_chunks
+    by_sign = {sign: sum(sign * n > 0 for n in grouping.lengths) for sign in (1, -1)}
+    # The last megabatch of each modality is left over for the mixed end, even when it is full.
+    whole = sum(max(0, -(-count // size) - 1) for count in by_sign.values())
+    for start in range(0, whole * size, size):
+        assert len({grouping.lengths[row] > 0 for row in order[start : start + size]}) == 1
+
+
+@pytest.mark.parametrize("order", ["shuffled", "modality_length"])
+def test_epochs_and_seeds_differ(order: Order) -> None:
+    lengths = [3 + i % 11 if i % 3 else -(2 + i % 7) for i in range(200)]
+    grouping = Grouping(lengths, 4, 2)
+    orders = [epoch_order(order, 200, seed, epoch, grouping) for seed in range(4) for epoch in range(4)]
+    assert len({tuple(rows) for rows in orders}) == 16
+
+
+def test_sequential_is_the_files_order() -> None:
+    assert epoch_order("sequential", 5, 3, 2) == [0, 1, 2, 3, 4]
+
+
+def test_a_length_of_zero_is_our_own_bug() -> None:
+    with pytest.raises(AssertionError, match="no modality"):
+        modality_length_order(Grouping([1, 0], 1, 1), torch.Generator())
