@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -147,12 +148,31 @@ class TorchEngine:
         return StepResult(result.loss, result.grad_norm, skipped=True)
 
     def _describe_failure(self, result: StepResult, batches: Sequence[Batch]) -> str:
-        ids = [id for batch in batches for id in batch.ids]
-        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        ids = self._non_finite_samples(batches)
+        where = "Samples whose hidden states are not finite"
+        if not ids:
+            ids, where = (
+                [id for batch in batches for id in batch.ids],
+                "Each sample's hidden states are finite. Samples",
+            )
         return (
             f"loss {result.loss}, gradient norm {result.grad_norm}: the step was not applied, the weights are intact. "
-            f"Its samples: {shown}. Lower the learning rate, or look at these samples."
+            f"{where}: {', '.join(ids)}. Lower the learning rate, or look at these samples."
         )
+
+    @torch.no_grad()
+    def _non_finite_samples(self, batches: Sequence[Batch]) -> list[str]:
+        """The ids of the step's samples that give NaN or infinity.
+
+        Each attends to itself alone, so only bad ones do; where an attention kernel multiplies what is masked by zero,
+        their neighbours in the micro-batch do, too.
+        """
+        found = []
+        for batch in batches:
+            hidden = self.model.hidden_states(batch.to(self.hardware.device), None)
+            rows = hidden.isfinite().all(-1).cpu().split([b - a for a, b in pairwise(batch.cu_seqlens_host)])
+            found += [id for id, row in zip(batch.ids, rows, strict=True) if not row.all()]
+        return found
 
     def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
         found = {k.removeprefix("model."): v.shape for k, v in tensors.items() if k.startswith("model.")}
