@@ -25,16 +25,17 @@ def step_flops(spec: ModelSpec, trainable: Collection[str], batches: Sequence[Ba
         total += language * (1 + backward + ("language" in trainable)) + attention * (1 + 2 * backward)
         if spec.vision is not None:
             images = batch.counts.images
-            total += images * vision_flops(spec.vision) * (3 if "vision" in trainable else 1)
+            total += images * vision_flops(spec.vision, trained="vision" in trainable)
             total += images * projector_flops(spec, trainable)
     return total
 
 
-def vision_flops(spec: VisionSpec) -> float:
-    """Forward FLOPs of one image through the layers that are run."""
+def vision_flops(spec: VisionSpec, *, trained: bool) -> float:
+    """FLOPs of one image through the layers that are run, and back where they learn; pixels have no gradient."""
     width, positions = spec.hidden_size, spec.num_positions
     layer = 2 * positions * (4 * width**2 + 2 * width * spec.intermediate_size) + 4 * positions**2 * width
-    return spec.num_layers_run * layer + 2 * spec.num_patches * 3 * spec.patch_size**2 * width
+    patches = 2 * spec.num_patches * 3 * spec.patch_size**2 * width
+    return spec.num_layers_run * layer * (1 + 2 * trained) + patches * (1 + trained)
 
 
 def projector_flops(spec: ModelSpec, trainable: Collection[str]) -> float:
