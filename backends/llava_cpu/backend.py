@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,6 +90,11 @@ class CpuBackend(Backend):
 
     def kernels(self) -> Sequence[KernelSpec]:
         return KERNELS
+
+    def build_optimizer(
+        self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float
+    ) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)  # one pass over memory instead of a dozen
 
     @classmethod
     def diagnostics(cls) -> list[Diagnosis]:

@@ -58,11 +58,14 @@ class Template(ABC):
         name: what a configuration calls it.
         stop: strings that end an answer; the tokenizer's EOS may be among them.
         adds_bos: see `Conversation`.
+        jinja: a chat template over `messages` that writes the same text, for exports; the built-in templates have
+            theirs in `weights/chat_templates.py`.
     """
 
     name: str
     stop: tuple[str, ...]
     adds_bos: bool = True
+    jinja: str | None = None
 
     def render(self, turns: Sequence[Turn]) -> Conversation:
         """The training text. A leading assistant turn is dropped, once.

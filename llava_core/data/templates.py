@@ -13,14 +13,13 @@ Where the original's own bookkeeping fails, the text is still the original's and
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_core.data.chat_template import tokenizer_template
 from llava_core.data.conversation import Conversation, ImageSlot, Span, Template, check_image_count
 from llava_core.data.records import IMAGE_MARK, Turn
-from llava_core.errors import BadRow, ConfigError
+from llava_core.errors import BadRow
 
 __all__ = [
     "BUILTIN_TEMPLATES",
@@ -35,7 +34,6 @@ __all__ = [
     "Span",
     "Template",
     "check_image_count",
-    "get_template",
     "tokenizer_template",
 ]
 
@@ -188,16 +186,3 @@ CHATML = ChatmlTemplate()
 BUILTIN_TEMPLATES: Mapping[str, Template] = {
     template.name: template for template in (PLAIN, V1, LLAMA_2, LLAMA_3, MISTRAL, CHATML)
 }
-
-
-def get_template(name: str, templates: Mapping[str, Template] = BUILTIN_TEMPLATES) -> Template:
-    """The template called `name`.
-
-    Raises:
-        ConfigError: there is none; the message names all of them and the nearest.
-    """
-    if name in templates:
-        return templates[name]
-    nearest = difflib.get_close_matches(name, templates, n=1, cutoff=0.5)
-    hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
-    raise ConfigError(f"no template is called {name!r}; known: {', '.join(sorted(templates))}{hint}")

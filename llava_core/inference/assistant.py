@@ -104,7 +104,7 @@ class Assistant:
         pictures = [image] if isinstance(image, str | Path | Image.Image) else list(image or [])
         settings = settings or GenerationSettings()
         turns = (mark_image(question, bool(pictures)),)
-        prompt = self.build_example("ask", turns, [_load(picture) for picture in pictures], settings)
+        prompt = self.build_example("ask", turns, [_load(picture) for picture in pictures])
         return self.decode(generate(self.model, [prompt], settings, self.stop)[0])
 
     def generate(
@@ -127,9 +127,7 @@ class Assistant:
         while batch := list(islice(remaining, batch_size)):
             yield from self._answer(batch, settings, images)
 
-    def build_example(
-        self, id: str, turns: tuple[Turn, ...], pictures: Sequence[Image.Image], settings: GenerationSettings
-    ) -> Example:
+    def build_example(self, id: str, turns: tuple[Turn, ...], pictures: Sequence[Image.Image]) -> Example:
         """A prompt as the model reads it, tokenised as in training.
 
         Raises:
@@ -147,7 +145,7 @@ class Assistant:
             visual_tokens=visual_tokens,
             # A repetition penalty falls on what stands here, in transformers as well; 0 is unk as a rule.
             pad_id=spec.image_token_id or 0,
-            max_length=max(spec.text.max_positions - settings.max_new_tokens, 0),
+            max_length=spec.text.max_positions - 1,  # room for an answer of one token at least
         )
         pixels = None
         if self.image_processor is not None and pictures:
@@ -166,7 +164,7 @@ class Assistant:
     def _answer(
         self, rows: Sequence[PromptRow | Rejected], settings: GenerationSettings, images: ImageStore | None
     ) -> Iterator[Answer | Rejected]:
-        prepared = [self._prepare(row, settings, images) for row in rows]
+        prepared = [self._prepare(row, images) for row in rows]
         prompts = [example for example in prepared if isinstance(example, Example)]
         answers = iter(generate(self.model, prompts, settings, self.stop) if prompts else [])
         for row, example in zip(rows, prepared, strict=True):
@@ -178,16 +176,14 @@ class Assistant:
             finish: Finish = "stop" if self.stop.reached(tokens) else "length"
             yield Answer(row.id, row.question, self.decode(tokens), len(tokens), finish, row.reference)
 
-    def _prepare(
-        self, row: PromptRow | Rejected, settings: GenerationSettings, images: ImageStore | None
-    ) -> Example | Rejected:
+    def _prepare(self, row: PromptRow | Rejected, images: ImageStore | None) -> Example | Rejected:
         if isinstance(row, Rejected):
             return row
         try:
             if row.images and images is None:
                 raise BadRow("unexpected_image", "the row has an image, and no image folder was given.")
             pictures = [images.open(name) for name in row.images] if images else []
-            return self.build_example(row.id, row.turns, pictures, settings)
+            return self.build_example(row.id, row.turns, pictures)
         except BadRow as bad:
             return Rejected(row.id, row.index, bad.reason, bad.message)
 

@@ -56,19 +56,22 @@ class Stop:
 
 @torch.no_grad()
 def generate(model: Llava, prompts: Sequence[Example], settings: GenerationSettings, stop: Stop) -> list[list[int]]:
-    """Each prompt's answer as token ids, the one that ended it included; an answer cut at `max_new_tokens` has none.
+    """Each prompt's answer as token ids, the one that ended it included.
+
+    An answer that is cut, at `max_new_tokens` or where the model's positions end, has no such token.
 
     Rows that are done stop to cost anything when half of the rows are; no row's answer depends on the others, except
     through the rounding of sums whose order may change with the batch's size.
 
     Args:
-        prompts: with nothing supervised.
+        prompts: with nothing supervised, each shorter than the model's positions.
     """
     device = model.language_model.model.embed_tokens.weight.device
     image_size = model.spec.vision.image_size if model.spec.vision else 1
     batch = build_batch(prompts, pad_id=0, image_size=image_size).to(device)
     lengths = [prompt.length for prompt in prompts]
-    cache = Cache(model.spec.text, lengths, settings.max_new_tokens, model.compute_dtype, device)
+    limits = [min(settings.max_new_tokens, model.spec.text.max_positions - length) for length in lengths]
+    cache = Cache(model.spec.text, lengths, max(limits), model.compute_dtype, device)
     sampler = Sampler(settings, [prompt.tokens for prompt in prompts], [prompt.id for prompt in prompts], device)
 
     hidden = model.hidden_states(batch, batch.cu_seqlens[1:].long() - 1, cache)
@@ -77,14 +80,14 @@ def generate(model: Llava, prompts: Sequence[Example], settings: GenerationSetti
     unfinished = set(range(len(prompts)))
     rows = list(range(len(prompts)))  # the prompt of each row of the cache
     positions = torch.tensor(lengths, device=device)
-    for step in range(settings.max_new_tokens):
+    for step in range(max(limits)):
         chosen = sampler.choose(model.logits(hidden))
         for row, token in zip(rows, chosen, strict=True):
             if row in unfinished:
                 answers[row].append(token)
-                if stop.reached(answers[row]):
+                if stop.reached(answers[row]) or len(answers[row]) == limits[row]:
                     unfinished.remove(row)
-        if not unfinished or step + 1 == settings.max_new_tokens:
+        if not unfinished:
             break
         if 2 * len(unfinished) <= len(rows):
             # Not at each row that ends: what is kept is copied.

@@ -141,18 +141,6 @@ def load_state(path: Path) -> State:
     return State(step, tensors, state)
 
 
-def find_newest(root: Path) -> Path | None:
-    """The newest complete and verified checkpoint, or None; warns of each damaged one that is skipped."""
-    for path in _complete(root):
-        try:
-            _verify(path)
-        except CheckpointError as error:
-            warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
-        else:
-            return path
-    return None
-
-
 def load_newest(root: Path) -> tuple[State | None, list[tuple[Path, str]]]:
     """Load the newest complete and verified checkpoint.
 

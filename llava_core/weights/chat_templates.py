@@ -143,9 +143,11 @@ def _body(template: Template) -> str:
             return _constant("SYSTEM", CHATML_SYSTEM) + CHATML
         case Llama3Template():
             return _constant("SYSTEM", VISION_SYSTEM) + LLAMA_3
+    if template.jinja is not None:
+        return template.jinja
     raise ConfigError(
         f"the template {template.name!r} cannot be exported: it is not one of llava-core's own, whose Jinja form is "
-        "known. Give the tokenizer a chat_template that writes its text, and train with that."
+        "known. Give it a `jinja` that writes the same text."
     )
 
 

@@ -26,7 +26,7 @@ import torch
 
 from llava_core.errors import CheckpointError
 from llava_core.train import checkpoint, durable
-from llava_core.train.checkpoint import State, find_newest, load_newest, load_state, save_state
+from llava_core.train.checkpoint import State, load_newest, load_state, save_state
 
 KEEP = 2
 
@@ -259,9 +259,6 @@ def assert_falls_back(root: Path, named: str) -> None:
     state, skipped = load_newest(root)
     assert_holds(state, 1)
     assert skipped == [(newest, str(caught.value))]
-    with pytest.warns(UserWarning, match="skipping a damaged checkpoint") as warned:
-        assert find_newest(root) == root / "step-00000001"
-    assert named in str(warned[0].message)
 
 
 def test_every_byte_of_every_file_is_protected(root: Path) -> None:
@@ -405,7 +402,6 @@ def test_strays_of_other_steps_are_never_read_and_are_swept(root: Path) -> None:
     state, skipped = load_newest(root)
     assert_holds(state, 2)
     assert skipped == []
-    assert find_newest(root) == root / "step-00000002"
     save(root, 3)
     assert names(root) == ["step-00000002", "step-00000003"]
 

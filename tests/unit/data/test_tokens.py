@@ -13,7 +13,17 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from llava_core.data.records import Turn
-from llava_core.data.templates import BUILTIN_TEMPLATES, Conversation, ImageSlot, Span, get_template, tokenizer_template
+from llava_core.data.templates import (
+    BUILTIN_TEMPLATES,
+    CHATML,
+    LLAMA_3,
+    PLAIN,
+    V1,
+    Conversation,
+    ImageSlot,
+    Span,
+    tokenizer_template,
+)
 from llava_core.data.tokens import Encoded, describe, encode, render_supervised, save_tokenizer
 from llava_core.errors import BadRow, ConfigError
 from llava_core.testing.tokenizers import train_llama3_tokenizer, train_llama_tokenizer
@@ -136,7 +146,7 @@ def test_ids_and_labels_are_the_originals(
 def test_plain_ids_and_labels_are_the_originals(tokenizers: Tokenizers, name: str, caption: str) -> None:
     messages: original.Messages = [("human", "<image>"), ("assistant", caption)]
     ids, trained = original.train_on("plain", messages, tokenizers.reference[name])
-    encoded = tokenizers.encode(name, get_template("plain").render(turns(messages)))
+    encoded = tokenizers.encode(name, PLAIN.render(turns(messages)))
     assert_equal(encoded, original.expand(ids, trained, VISUAL_TOKENS, 0))
 
 
@@ -172,8 +182,8 @@ def test_training_starts_with_the_prompts_ids(
 
 
 def test_plain_training_starts_with_the_prompts_ids(tokenizers: Tokenizers) -> None:
-    prompt = tokenizers.encode("modern", get_template("plain").prompt(chat("<image>what")))
-    training = tokenizers.encode("modern", get_template("plain").render(chat("<image>what", "a dog")))
+    prompt = tokenizers.encode("modern", PLAIN.prompt(chat("<image>what")))
+    training = tokenizers.encode("modern", PLAIN.render(chat("<image>what", "a dog")))
     assert prompt.tokens.tolist() == [1, *[0] * VISUAL_TOKENS] == training.tokens[: 1 + VISUAL_TOKENS].tolist()
 
 
@@ -185,24 +195,24 @@ def supervised_text(tokenizer: Any, encoded: Encoded) -> str:
 
 
 def test_special_text_of_a_user_is_a_special_token_and_not_trained(tokenizers: Tokenizers) -> None:
-    encoded = tokenizers.encode("modern", get_template("v1").render(chat("what is </s> here", "a dog", "why", "so")))
+    encoded = tokenizers.encode("modern", V1.render(chat("what is </s> here", "a dog", "why", "so")))
     assert (encoded.tokens == 2).sum() == 3
     assert supervised_text(tokenizers.ours["modern"], encoded) == "a dog</s> so</s>"
 
 
 def test_separators_inside_a_message_do_not_move_the_labels(tokenizers: Tokenizers) -> None:
-    rendered = get_template("v1").render(chat("say ASSISTANT: a", "a ASSISTANT: b</s>c"))
+    rendered = V1.render(chat("say ASSISTANT: a", "a ASSISTANT: b</s>c"))
     encoded = tokenizers.encode("legacy", rendered)
     assert supervised_text(tokenizers.ours["legacy"], encoded) == "a ASSISTANT: b</s> c</s>"
 
 
 def test_empty_messages_train_the_other_answers(tokenizers: Tokenizers) -> None:
-    encoded = tokenizers.encode("modern", get_template("v1").render(chat("", "a dog", "why", "", "what", "a cat")))
+    encoded = tokenizers.encode("modern", V1.render(chat("", "a dog", "why", "", "what", "a cat")))
     assert supervised_text(tokenizers.ours["modern"], encoded) == "a dog</s> a cat</s>"
 
 
 def test_an_image_in_an_answer_is_no_target(tokenizers: Tokenizers) -> None:
-    encoded = tokenizers.encode("modern", get_template("v1").render(chat("what", "<image> a dog")))
+    encoded = tokenizers.encode("modern", V1.render(chat("what", "<image> a dog")))
     start = encoded.image_starts[0]
     assert not encoded.supervised[start : start + VISUAL_TOKENS].any()
     # The space before the image, then the line break after it and its own ▁.
@@ -211,7 +221,7 @@ def test_an_image_in_an_answer_is_no_target(tokenizers: Tokenizers) -> None:
 
 
 def test_chatml_under_legacy_trains_each_answer_and_its_end(tokenizers: Tokenizers) -> None:
-    encoded = tokenizers.encode("legacy", get_template("chatml").render(chat("what", "a dog", "why", "so")))
+    encoded = tokenizers.encode("legacy", CHATML.render(chat("what", "a dog", "why", "so")))
     pieces = tokenizers.ours["legacy"].convert_ids_to_tokens(encoded.tokens[encoded.supervised].tolist())
     assert "".join(pieces) == "a▁dog<|im_end|>so<|im_end|>"
 
@@ -220,7 +230,7 @@ def test_chatml_under_legacy_trains_each_answer_and_its_end(tokenizers: Tokenize
 
 
 def image_second(tokenizers: Tokenizers) -> tuple[Conversation, Encoded]:
-    conversation = get_template("v1").render(chat("what", "a dog", "<image> and", "a cat"))
+    conversation = V1.render(chat("what", "a dog", "<image> and", "a cat"))
     return conversation, tokenizers.encode("modern", conversation)
 
 
@@ -255,11 +265,11 @@ def test_a_sample_without_targets_is_refused(tokenizers: Tokenizers) -> None:
 
 def test_a_target_without_predecessor_does_not_count(tokenizers: Tokenizers) -> None:
     with pytest.raises(BadRow, match="no_supervised_token"):
-        tokenizers.encode("byte_level", get_template("llama_3").render(chat("what", "a dog")), 1)
+        tokenizers.encode("byte_level", LLAMA_3.render(chat("what", "a dog")), 1)
 
 
 def test_a_prompt_is_never_cut(tokenizers: Tokenizers) -> None:
-    prompt = get_template("v1").prompt(chat("what"))
+    prompt = V1.prompt(chat("what"))
     length = len(tokenizers.encode("modern", prompt).tokens)
     assert len(tokenizers.encode("modern", prompt, length).tokens) == length
     with pytest.raises(BadRow, match="prompt_too_long"):
@@ -368,7 +378,7 @@ def test_the_same_corpus_gives_the_same_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["modern", "byte_level"])
 def test_render_supervised_shows_the_whole_sample(tokenizers: Tokenizers, name: str) -> None:
-    encoded = tokenizers.encode(name, get_template("v1").render(chat("<image>what", "a 日本 dog", "why", "so")))
+    encoded = tokenizers.encode(name, V1.render(chat("<image>what", "a 日本 dog", "why", "so")))
     shown = render_supervised(
         tokenizers.ours[name], encoded.tokens, encoded.supervised, encoded.image_starts, VISUAL_TOKENS
     )

@@ -16,7 +16,7 @@ from llava_core.data.chat_template import tokenizer_template
 from llava_core.data.images import ImageStore
 from llava_core.data.loader import Rejected
 from llava_core.data.records import Turn
-from llava_core.data.templates import CHATML, PLAIN, V1, Template, get_template
+from llava_core.data.templates import BUILTIN_TEMPLATES, CHATML, PLAIN, V1, Template
 from llava_core.errors import BadRow, ConfigError
 from llava_core.inference.assistant import Assistant, build_stop
 from llava_core.inference.prompts import Answer, PromptRow
@@ -61,7 +61,7 @@ def transformers_answer(folder: Path, question: str, image: Any) -> str:
 @pytest.mark.parametrize("kind", ["legacy", "plain"])
 @pytest.mark.parametrize("name", ["v1", "llama_2", "plain", "chatml"])
 def test_an_export_answers_as_transformers_does(name: str, kind: str, tmp_path: Path) -> None:
-    folder = export(tmp_path / "hf", template=get_template(name), kind=kind)
+    folder = export(tmp_path / "hf", template=BUILTIN_TEMPLATES[name], kind=kind)
     assistant = load(folder)
     answer = assistant.ask("What is this?", picture(), SETTINGS)
     assert answer
@@ -73,11 +73,11 @@ def test_an_export_answers_as_transformers_does(name: str, kind: str, tmp_path: 
 def test_an_export_is_asked_as_the_model_was_trained(tmp_path: Path) -> None:
     """The reloaded folder and the model in memory with its training template read the same tokens."""
     for name, kind in (("v1", "plain"), ("llama_3", "llama_3"), ("mistral", "legacy")):
-        template = get_template(name)
+        template = BUILTIN_TEMPLATES[name]
         loaded = load(export(tmp_path / name, template=template, kind=kind))
         trained = Assistant(parts("clip").model, tokenizer(kind), processor("pad"), template)
         turns = (Turn("human", "<image>\nWhat?"), Turn("assistant", "A cat"), Turn("human", "Sure?"))
-        a, b = (assistant.build_example("a", turns, [picture()], SETTINGS) for assistant in (loaded, trained))
+        a, b = (assistant.build_example("a", turns, [picture()]) for assistant in (loaded, trained))
         slots = a.tokens == loaded.model.spec.image_token_id
         assert torch.equal(a.tokens[~slots], b.tokens[~slots])
         assert a.image_starts == b.image_starts
@@ -93,9 +93,9 @@ def test_a_chat_template_without_bos_is_asked_as_it_was_trained(case: str, tmp_p
     trained = Assistant(parts(case).model, tok, image_processor, template)
     folder = export_model(parts(case).model, tok, image_processor, template, tmp_path / "hf", dtype=torch.float32)
     turns = (Turn("human", "What?"),)
-    expected = trained.build_example("a", turns, [], SETTINGS).tokens
+    expected = trained.build_example("a", turns, []).tokens
     assert tok.bos_token_id not in expected
-    assert torch.equal(load(folder).build_example("a", turns, [], SETTINGS).tokens, expected)
+    assert torch.equal(load(folder).build_example("a", turns, []).tokens, expected)
     if case == "clip":
         messages = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
         loaded = AutoProcessor.from_pretrained(folder)

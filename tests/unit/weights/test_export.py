@@ -25,10 +25,9 @@ from llava_core.backend import OpSet
 from llava_core.data.chat_template import tokenizer_template
 from llava_core.data.packing import build_batch
 from llava_core.data.records import Turn
-from llava_core.data.templates import BUILTIN_TEMPLATES, V1, Template, get_template
+from llava_core.data.templates import BUILTIN_TEMPLATES, V1, Template
 from llava_core.errors import ConfigError, WeightsError
 from llava_core.inference.assistant import Assistant
-from llava_core.inference.sampling import GenerationSettings
 from llava_core.model.llava import Llava
 from llava_core.weights import export
 from llava_core.weights.chat_templates import chat_template
@@ -73,7 +72,7 @@ def our_logits(model: Llava, example: Any) -> torch.Tensor:
 def our_prompt(source: Parts, tok: Any, template: Template, turns: tuple[Turn, ...], images: list[Any], **options: Any):
     image_processor = processor(options.get("aspect", "square")) if source.spec.vision else None
     assistant = Assistant(source.model, tok, image_processor, template)
-    return assistant.build_example("prompt", turns, images, GenerationSettings(max_new_tokens=1))
+    return assistant.build_example("prompt", turns, images)
 
 
 @pytest.mark.parametrize("case", LLAVAS)
@@ -150,7 +149,7 @@ def test_a_projector_of_our_own_is_read_back_and_refused_by_transformers(
 @pytest.mark.parametrize("kind", ["legacy", "plain", "llama_3"])
 @pytest.mark.parametrize("name", list(BUILTIN_TEMPLATES))
 def test_the_processor_gives_our_ids_and_pixels(name: str, kind: str, aspect: str, tmp_path: Path) -> None:
-    template, turns = get_template(name), IMAGE_TURN
+    template, turns = BUILTIN_TEMPLATES[name], IMAGE_TURN
     folder = run_export(tmp_path / "hf", template=template, kind=kind, aspect=aspect)
     loaded = AutoProcessor.from_pretrained(folder)
     example = our_prompt(parts("clip"), tokenizer(kind), template, turns, [picture()], aspect=aspect)
@@ -183,7 +182,7 @@ def test_text_after_an_image_starts_with_a_word_mark_wherever_it_comes_from(kind
 
 @pytest.mark.parametrize("name", list(BUILTIN_TEMPLATES))
 def test_the_chat_template_writes_the_training_text(name: str, tmp_path: Path) -> None:
-    template = get_template(name)
+    template = BUILTIN_TEMPLATES[name]
     turns = TURNS[:2] if name == "plain" else TURNS
     loaded = AutoProcessor.from_pretrained(run_export(tmp_path / "hf", template=template))
     assert loaded.apply_chat_template(messages(turns)) == template.render(turns).text
@@ -199,11 +198,11 @@ def test_the_chat_template_writes_the_training_text(name: str, tmp_path: Path) -
 def test_empty_messages_are_written_as_in_training(tmp_path: Path) -> None:
     turns = (Turn("human", "a"), Turn("assistant", ""), Turn("human", ""), Turn("assistant", "b"))
     for name in ("v1", "llama_2", "chatml", "llama_3", "mistral"):
-        source = chat_template(get_template(name), multimodal=True, bos="")
-        tok = AutoTokenizer.from_pretrained(run_export(tmp_path / name, template=get_template(name)))
+        source = chat_template(BUILTIN_TEMPLATES[name], multimodal=True, bos="")
+        tok = AutoTokenizer.from_pretrained(run_export(tmp_path / name, template=BUILTIN_TEMPLATES[name]))
         strings = [{"role": m["role"], "content": t.text} for m, t in zip(messages(turns), turns, strict=True)]
         assert tok.chat_template == source
-        assert tok.apply_chat_template(strings, tokenize=False) == get_template(name).render(turns).text
+        assert tok.apply_chat_template(strings, tokenize=False) == BUILTIN_TEMPLATES[name].render(turns).text
 
 
 @pytest.mark.parametrize(
@@ -283,7 +282,7 @@ def test_a_tokenizer_with_an_image_token_keeps_it(tmp_path: Path) -> None:
 
 def test_end_marks_become_end_tokens(tmp_path: Path) -> None:
     def ends(template: str, kind: str) -> object:
-        folder = run_export(tmp_path / template, template=get_template(template), kind=kind)
+        folder = run_export(tmp_path / template, template=BUILTIN_TEMPLATES[template], kind=kind)
         ids = json.loads((folder / "generation_config.json").read_text())
         assert (ids["bos_token_id"], ids["pad_token_id"]) == (
             tokenizer(kind).bos_token_id,
