@@ -20,7 +20,7 @@ def main(vision: str, language: str, data: str, images: str, output: str, *overr
         f"data.images={images}",
         f"output={output}",
     ]
-    result = llava_core.train(llava_core.load_config("llava15-7b-pretrain", [*settings, *overrides]))
+    result = llava_core.train_model(llava_core.load_config("llava15-7b-pretrain", [*settings, *overrides]))
     sys.exit(result.exit_code)
 
 

@@ -14,7 +14,7 @@ import llava_core
 
 def main(model: str, data: str, images: str, output: str, *overrides: str) -> None:
     settings = [f"model.path={model}", f"data.path={data}", f"data.images={images}", f"output={output}"]
-    result = llava_core.train(llava_core.load_config("llava15-7b-sft", [*settings, *overrides]))
+    result = llava_core.train_model(llava_core.load_config("llava15-7b-sft", [*settings, *overrides]))
     sys.exit(result.exit_code)
 
 

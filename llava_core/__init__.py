@@ -3,7 +3,7 @@
     import llava_core
 
     config = llava_core.load_config("llava15-7b-sft", ["model.path=…", "data.path=…", "data.images=…"])
-    result = llava_core.train(config)
+    result = llava_core.train_model(config)
     print(llava_core.load_assistant(result.export).ask("What is this?", "photo.jpg"))
 
 Importing this package loads neither torch nor any other library: each name is loaded when it is first used.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llava_core.inference.assistant import Assistant
     from llava_core.inference.sampling import GenerationSettings
     from llava_core.plugins import Registry
-    from llava_core.train.loop import RunResult, train
+    from llava_core.train.loop import RunResult, train_model
 
 _HOMES = {
     "Assistant": "llava_core.inference.assistant",
@@ -31,7 +31,7 @@ _HOMES = {
     "build_config": "llava_core.config",
     "load_assistant": "llava_core.api",
     "load_config": "llava_core.config",
-    "train": "llava_core.train.loop",
+    "train_model": "llava_core.train.loop",
 }
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
     "build_config",
     "load_assistant",
     "load_config",
-    "train",
+    "train_model",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ import typer
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "sentencepiece", "pillow", "pydantic", "pluggy")
 AUTOLOAD_GROUP = "torch.backends"
 """Entry points that PyTorch imports by itself when it is imported."""
+
+ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+"""A line of a traceback that names an exception; a chain of causes has several."""
 
 AUTOLOAD_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
@@ -85,7 +89,7 @@ def _imports(library: str) -> Finding:
 
 
 def _try_import(library: str, environment: dict[str, str] | None = None) -> str | None:
-    """None if the import works, else the last line of what it said."""
+    """None if the import works, else the errors that it ended with, the first cause first."""
     result = subprocess.run(
         [sys.executable, "-c", f"import {library}"],
         env={**os.environ, **(environment or {})},
@@ -95,7 +99,8 @@ def _try_import(library: str, environment: dict[str, str] | None = None) -> str 
     )
     if result.returncode == 0:
         return None
-    return (result.stderr.strip().splitlines() or [f"ended with code {result.returncode}"])[-1]
+    errors = [line for line in result.stderr.splitlines() if ERROR_LINE.match(line)]
+    return "; ".join(errors) or f"ended with code {result.returncode}"
 
 
 def _plugins() -> Iterator[Finding]:

@@ -29,9 +29,9 @@ def train(
         typer.echo(describe_config(config, settings), nl=False)
         return
     checked = load_config(config, settings)
-    from llava_core.train.loop import train as run
+    from llava_core.train.loop import train_model
 
-    raise typer.Exit(run(checked).exit_code)
+    raise typer.Exit(train_model(checked).exit_code)
 
 
 def describe_config(source: str, overrides: list[str]) -> str:
