@@ -5,52 +5,71 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llava_core.backend import Backend
+    from llava_core.backend import Backend, Selection
+    from llava_core.engine.opset import Use
     from llava_core.model.spec import ModelSpec
     from llava_core.plugins import Registry
 
 
 def backends(
-    name: Annotated[str | None, typer.Argument(help="Show one backend's kernels, installed or not.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show this backend's kernels, and which a 7B would get.")] = None,
 ) -> None:
-    """Show each backend: available or the reason why not, its devices, and which kernels it would choose."""
+    """Show each backend: available or the reason why not, its devices, its kernels, and which would be chosen."""
     from rich.console import Console
 
     from llava_core.plugins import Registry
 
     registry, console = Registry.discover(), Console()
-    if name is not None:
-        backend = registry.load("backend", name)()
-        console.print(_kernels(backend))
-        console.print(_choice(backend))
+    if name is None:
+        console.print(_overview(registry))
+        for failure in registry.failures:
+            console.print(f"not loaded: {failure}", markup=False)
+        console.print("`llava-core backends NAME` says why each kernel would be chosen or not.", style="dim")
         return
-    console.print(_overview(registry))
-    for failure in registry.failures:
-        console.print(f"not loaded: {failure}", markup=False)
-    console.print("llava-core backends NAME shows a backend's kernels.", style="dim")
+    backend = registry.load("backend", name)()
+    console.print(_kernels(backend))
+    console.print(_choice(backend))
 
 
 def _overview(registry: Registry) -> Table:
+    """A row a backend; of each op's kernels the one that a 7B would get is marked."""
     from rich.table import Table
 
     from llava_core.engine.hardware import probe_all
+    from llava_core.errors import PluginError
 
-    table = Table(title="backends", title_justify="left")
-    for column in ("backend", "available", "devices", "from"):
-        table.add_column(column, overflow="fold")
-    offers = registry.offers("backend")
+    table = Table(title="backends", title_justify="left", show_lines=True)
+    for column in ("backend", "available, devices", "kernels, the chosen one in [brackets]"):
+        table.add_column(column.replace("[", r"\["), overflow="fold")
     for name, probe in probe_all(registry).items():
-        devices = "\n".join(
-            f"{d.index}: {d.name}" + (f", {d.memory_bytes / 2**30:.0f} GiB" if d.memory_bytes else "")
+        devices = "".join(
+            f"\n{d.index}: {d.name}" + (f", {d.memory_bytes / 2**30:.0f} GiB" if d.memory_bytes else "")
             for d in probe.devices
         )
-        available = f"yes: {probe.reason}" if probe.available else f"no: {probe.reason}"
-        table.add_row(name, available, devices, offers[name].distribution)
+        try:
+            kernels = _kernels_by_op(registry.load("backend", name)())
+        except PluginError as error:
+            kernels = str(error)
+        available = f"{'yes' if probe.available else 'no'}: {probe.reason}"
+        table.add_row(name, escape(available + devices), escape(kernels))
     return table
+
+
+def _kernels_by_op(backend: Backend) -> str:
+    from llava_core.backend import reference_kernels
+
+    _, selections = _selections(backend)
+    chosen = {(s.kernel.op, s.kernel.name) for s in selections.values()}
+    by_op: dict[str, list[str]] = {}
+    for kernel in sorted([*backend.kernels(), *reference_kernels()], key=lambda k: (k.op, -k.priority)):
+        marked = f"[{kernel.name}]" if (kernel.op, kernel.name) in chosen else kernel.name
+        by_op.setdefault(kernel.op, []).append(marked)
+    return "\n".join(f"{op}: {' '.join(names)}" for op, names in by_op.items())
 
 
 def _kernels(backend: Backend) -> Table:
@@ -72,15 +91,20 @@ def _kernels(backend: Backend) -> Table:
 
 
 def _choice(backend: Backend) -> Table:
-    """What stage 2 of a LLaVA-1.5 7B would run on, in this backend's default precision."""
-    from llava_core.engine.opset import Use, build_ops
     from llava_core.train.report import kernel_table
 
-    use = Use(backend.precision.default, frozenset({"projector", "language"}), 2048, deterministic=False)
-    _, selections = build_ops(_llava15_7b(), backend, use)
+    use, selections = _selections(backend)
     table = kernel_table(selections)
     table.title = f"chosen for LLaVA-1.5 7B, stage 2, {str(use.dtype).removeprefix('torch.')}"
     return table
+
+
+def _selections(backend: Backend) -> tuple[Use, dict[str, Selection]]:
+    """What stage 2 of a LLaVA-1.5 7B would run on, in this backend's default precision."""
+    from llava_core.engine.opset import Use, build_ops
+
+    use = Use(backend.precision.default, frozenset({"projector", "language"}), 2048, deterministic=True)
+    return use, build_ops(_llava15_7b(), backend, use)[1]
 
 
 def _llava15_7b() -> ModelSpec:

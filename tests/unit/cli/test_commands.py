@@ -143,3 +143,31 @@ def test_a_config_that_cannot_be_honoured_changes_nothing_on_disk(capsys, config
 
 def test_settings_of_the_tiny_parts_are_a_whole_config(parts: TinyParts, tmp_path: Path) -> None:
     assert build_config(parts.settings(tmp_path)).train.max_steps == 6
+
+
+def test_a_new_backend_needs_nothing_but_an_entry_point(capsys, config: Path, tmp_path: Path, monkeypatch) -> None:
+    info = tmp_path / "site/dummy-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dummy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[llava_core]\ndummy = dummy_plugin\n")
+    (tmp_path / "site/dummy_plugin.py").write_text(
+        "from llava_core.plugins import Contribution, hookimpl\n"
+        "@hookimpl\n"
+        "def llava_register_backends():\n"
+        "    return [Contribution('dummy', 'dummy_backend:DummyBackend', 'for a test')]\n"
+    )
+    (tmp_path / "site/dummy_backend.py").write_text(
+        "from llava_core.backend import Probe\n"
+        "from llava_cpu.backend import CpuBackend\n"
+        "class DummyBackend(CpuBackend):\n"
+        "    name = 'dummy'\n"
+        "    @classmethod\n"
+        "    def probe(cls):\n"
+        "        return Probe(True, 'always here', super().probe().devices)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert "always here" in run(capsys, "backends").out
+    done = run(capsys, "train", config, "--backend", "dummy", "--output", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "dummy" in done.out
+    assert (tmp_path / "out/hf/config.json").is_file()

@@ -1,0 +1,71 @@
+"""The cpu backend's device, memory, random state, threads and process group."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from llava_cpu import backend as module
+from llava_cpu.backend import CpuBackend, available_cores, idle_cores
+
+
+def test_it_is_always_available() -> None:
+    probe = CpuBackend.probe()
+    assert probe.available
+    assert len(probe.devices) == 1
+
+
+def test_open_sets_the_threads_it_is_told() -> None:
+    device = CpuBackend().open(0, threads=1, deterministic=True)
+    assert device == torch.device("cpu")
+    assert torch.get_num_threads() == 1
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("load", "left"), [(0.0, 8), (2.9, 5), (7.8, 1), (40.0, 1)])
+def test_threads_are_chosen_from_the_load(load: float, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_cores", lambda: 8)
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert idle_cores() == left
+
+
+def test_cores_are_those_the_process_may_use() -> None:
+    assert 1 <= available_cores() <= (torch.multiprocessing.cpu_count() or 1)
+
+
+def test_the_random_state_returns() -> None:
+    rng = CpuBackend().rng
+    rng.seed(3)
+    state = rng.state()
+    first = torch.rand(4)
+    rng.load_state(state)
+    assert torch.equal(torch.rand(4), first)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_the_peak_rises_with_use_and_falls_after_a_reset() -> None:
+    memory = CpuBackend().memory
+    memory.reset_peak()
+    before = memory.peak_bytes()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert memory.peak_bytes() - before >= 48 << 20
+    del block
+    memory.reset_peak()
+    assert memory.peak_bytes() - before < 48 << 20
+
+
+def test_its_process_group_sums(tmp_path: Path) -> None:
+    spec = CpuBackend().dist
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group(spec.process_group, store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+    try:
+        for dtype in spec.reduce_dtypes:
+            value = torch.ones(3, dtype=dtype)
+            distributed.all_reduce(value)
+            assert torch.equal(value, torch.ones(3, dtype=dtype))
+    finally:
+        distributed.destroy_process_group()
