@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llava_core.testing.datasets import TinyParts
 from llava_core.train.metrics import MetricsLog, StepMetrics, read_metrics
 from llava_core.train.plots import plot_loss, smooth
+from llava_core.train.trackers import TensorboardTracker
 from tests.unit.train.support import run_to_end, tiny_run
 
 XTUNER_KEYS = {"lr", "data_time", "loss", "time", "tflops", "tokens_per_sec", "iter", "memory", "step"}
@@ -75,6 +77,19 @@ def test_tensorboard_has_the_same_numbers(output: Path) -> None:
         scalars = events.Scalars(f"train/{key}")
         assert [event.step for event in scalars] == [row["step"] for row in rows]
         assert [event.value for event in scalars] == pytest.approx([row[key] for row in rows], rel=1e-6)  # fp32 on disk
+
+
+def test_tensorboard_shows_a_step_that_was_taken_again_once(tmp_path: Path) -> None:
+    for start, end, loss in [(1, 5, 2.0), (3, 6, 1.0)]:  # the second run resumes after step 2
+        tracker = TensorboardTracker(tmp_path)
+        for step in range(start, end + 1):
+            tracker.log(step, {"loss": loss})
+        tracker.close()
+        time.sleep(1.1)  # event files are ordered by the second in their names
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0), (6, 1.0)]
 
 
 def test_the_picture_is_a_png(output: Path) -> None:
