@@ -36,6 +36,18 @@ def print_plan(run: Run, console: Console) -> None:
     console.print(kernel_table(run.selections))
 
 
+def print_summary(run: Run, console: Console) -> None:
+    """The plan in two lines, without the kernels."""
+    hardware, sizes = run.hardware, [p.numel() for p in run.engine.model.parameters()]
+    learning = sum(p.numel() for p in run.engine.trained.values())
+    precision = str(run.engine.model.compute_dtype).removeprefix("torch.")
+    console.print(f"{learning:,} of {sum(sizes):,} parameters learn, on {hardware.backend.name} in {precision}")
+    console.print(
+        f"{run.schedule.total_steps:,} steps of {run.config.batch.global_size} samples, from "
+        f"{len(run.loader.builder.reader):,} rows, template {run.template.name}"
+    )
+
+
 def kernel_table(selections: Mapping[str, Selection]) -> Table:
     """Which kernel each place in the model got, and why not another."""
     table = Table(title="kernels", title_justify="left")
