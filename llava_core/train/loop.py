@@ -20,10 +20,8 @@ from llava_core.train.flops import step_flops
 from llava_core.train.interrupt import StopRequest, stop_on_signals
 from llava_core.train.metrics import MetricsLog, StepMetrics, Tracker
 from llava_core.train.plots import plot_loss
-from llava_core.train.prepare import Run, prepare
+from llava_core.train.prepare import EXPORT_FOLDER, Run, prepare
 from llava_core.weights.export import export_model
-
-EXPORT_FOLDER = "hf"
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,13 @@ class RunResult:
     exit_code: int
 
 
-def train(config: RunConfig, registry: Registry | None = None, console: Console | None = None) -> RunResult:
+def train_model(
+    config: RunConfig, registry: Registry | None = None, console: Console | None = None, *, brief: bool = False
+) -> RunResult:
     """Run a config to its end, or until a signal asks to stop; then there is a checkpoint to go on from.
+
+    Args:
+        brief: print two lines in place of the plan and its table of kernels.
 
     Raises:
         LlavaError: whatever stops the run; what was written before stays.
@@ -50,7 +53,7 @@ def train(config: RunConfig, registry: Registry | None = None, console: Console 
     registry = registry or Registry.discover()
     console = console or Console()
     run = prepare(config, registry)
-    report.print_plan(run, console)
+    (report.print_summary if brief else report.print_plan)(run, console)
     done, notes = resume.resume(run)
     for note in notes:
         console.print(note)
@@ -162,4 +165,3 @@ def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
         start = time.perf_counter()
         step = next(steps)
         yield step, time.perf_counter() - start
-

@@ -13,7 +13,6 @@ import torch
 from llava_core.backend import OpSet, Selection
 from llava_core.config import RunConfig
 from llava_core.config.schema import DataConfig, ModelConfig
-from llava_core.data.chat_template import tokenizer_template
 from llava_core.data.images import ImageProcessor, ImageStore
 from llava_core.data.loader import Batching, ExampleBuilder, ImageSide, StepLoader
 from llava_core.data.quarantine import Quarantine
@@ -25,13 +24,20 @@ from llava_core.engine.hardware import Hardware, compute_dtype, open_hardware
 from llava_core.engine.opset import Use, build_ops
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
 from llava_core.errors import BadRow, ConfigError
+from llava_core.inference.chat_template import folder_template
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
 from llava_core.train.schedule import Schedule, warmup_steps
+from llava_core.weights.chat_templates import chat_template
+from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import load_model
 from llava_core.weights.source import ModelSource, compose, from_folder
 from llava_core.weights.tokenizer import load_tokenizer, pad_token_id
+from llava_core.weights.vocabulary import written_bos
+
+EXPORT_FOLDER = "hf"
+"""Where in the output folder the trained model is exported to."""
 
 TOKENIZER_TEMPLATE = "tokenizer"
 """`data.template` that stands for the tokenizer's own chat template."""
@@ -60,6 +66,7 @@ def prepare(config: RunConfig, registry: Registry) -> Run:
         LlavaError: whatever cannot be honoured; nothing has been written.
     """
     check_paths(config)
+    refuse_foreign(config.output / EXPORT_FOLDER)
     trackers_exist(config, registry)
     hardware = open_hardware(
         config.backend.name,
@@ -80,7 +87,7 @@ def prepare(config: RunConfig, registry: Registry) -> Run:
     if config.train.compile:
         ops = outside_compiled_graphs(ops)
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    template = find_template(config.data.template, registry, tokenizer)
+    template = find_template(config.data.template, registry, tokenizer, source)
     processor = find_processor(config.data, source)
     loader = build_loader(config, registry, source.spec, tokenizer, template, processor)
     model = load_model(
@@ -161,11 +168,18 @@ def check_trainable(config: RunConfig, spec: ModelSpec) -> frozenset[str]:
     return trainable
 
 
-def find_template(name: str, registry: Registry, tokenizer: Any) -> Template:
-    """The conversation template of that name, or the tokenizer's own."""
+def find_template(name: str, registry: Registry, tokenizer: Any, source: ModelSource) -> Template:
+    """The conversation template of that name, or the tokenizer's own; one that an export can carry.
+
+    Raises:
+        ConfigError: no chat template says what this one does, so that an export would answer otherwise than it learnt.
+    """
+    multimodal = source.spec.vision is not None
     if name == TOKENIZER_TEMPLATE:
-        return tokenizer_template(tokenizer)
-    template: Template = registry.load("template", name)
+        template = folder_template(source.tokenizer_folder, tokenizer, multimodal=multimodal)
+    else:
+        template = registry.load("template", name)
+    chat_template(template, multimodal=multimodal, bos=written_bos(tokenizer))
     return template
 
 
