@@ -30,11 +30,9 @@ def demo(
         raise typer.Exit(INTERRUPTED) from None
     if result.exit_code:
         raise typer.Exit(result.exit_code)
-    right = sum(one.right for one in result.judged)
-    console.print(
-        f"\n[bold green]{right} of {len(result.judged)} held-out answers are right ({result.accuracy:.1%}).[/]"
-    )
-    console.print(f"Look at {output}/answers.png and {output}/loss.png. Then try:\n", soft_wrap=True)
+    right, asked = result.num_right, len(result.judged)
+    console.print(f"[bold green]{right} of {asked} held-out answers are right ({right / asked:.1%}).[/]")
+    console.print(f"Look at {output}/answers.png and {output}/loss.png. Then try:\n", soft_wrap=True, markup=False)
     for line in next_commands(output, result.judged[0].image):
         console.print(f"  {line}", soft_wrap=True, markup=False)
 
@@ -49,7 +47,7 @@ def next_commands(output: Path, image: Path) -> list[str]:
     llava_core = program("llava-core")
     return [
         join([llava_core, "ask", str(output / "hf"), str(image), WHAT]),
-        join([llava_core, "train", str(output / "stage2" / "config.yaml"), f"output={again}", "train.seed=1"]),
+        join([llava_core, "train", str(output / "stage2" / "config.yaml"), "--output", str(again), "train.seed=1"]),
         join([program("tensorboard"), "--logdir", str(output)]),
     ]
 

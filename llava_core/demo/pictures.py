@@ -55,19 +55,18 @@ def plot_losses(stages: Sequence[tuple[str, Path]], path: Path) -> None:
 def plot_answers(judged: Sequence[Judged], path: Path) -> None:
     """A grid of held-out pictures with question and answer, the wrong ones first so that they are seen."""
     num_right = sum(one.right for one in judged)
-    figure, panels = plt.subplots(ROWS, COLUMNS, figsize=(13, 10.4), layout=ConstrainedLayoutEngine(h_pad=0.12))
+    figure, panels = plt.subplots(
+        ROWS, COLUMNS, figsize=(13, 10.6), layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.12)
+    )
     shown = choose(judged)
     for axes in panels.flat:
         axes.axis("off")
     for axes, one in zip(panels.flat, shown, strict=False):
         _draw(axes, one)
-    num_wrong_shown = sum(not one.right for one in shown)
-    figure.suptitle(
-        f"Digits the model was never trained on: {num_right} of {len(judged)} answers right "
-        f"({num_right / len(judged):.1%})\n"
-        f"the first {num_wrong_shown} here are wrong ones, more than their share",
-        fontsize=13,
-    )
+    title = f"Digits the model was never trained on: {num_right} of {len(judged)} answers right"
+    if num_wrong_shown := sum(not one.right for one in shown):
+        title += f"\nof its {len(judged) - num_right} wrong answers, {num_wrong_shown} come first here"
+    figure.suptitle(title, fontsize=13)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -82,7 +81,6 @@ def _draw(axes: Axes, one: Judged) -> None:
     with Image.open(one.image) as image:
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
     axes.set_title(one.question, fontsize=9, color="#444444")
-    mark = "✓" if one.right else f"✗ (right: {one.reference})"
-    below = f"{one.answer} {mark}" if one.right else f"{one.answer}\n{mark}"
     colour = RIGHT_COLOUR if one.right else WRONG_COLOUR
-    axes.text(0.5, -0.04, below, transform=axes.transAxes, ha="center", va="top", fontsize=9, color=colour)
+    below = f"{one.answer} ✓" if one.right else f"{one.answer} ✗\nright: {one.reference}"
+    axes.text(0.5, -0.04, below, transform=axes.transAxes, ha="center", va="top", fontsize=8.5, color=colour)

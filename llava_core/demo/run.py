@@ -57,9 +57,9 @@ class DemoResult:
     exit_code: int
 
     @property
-    def accuracy(self) -> float:
-        """The share of held-out answers that are right, word for word."""
-        return sum(one.right for one in self.judged) / len(self.judged)
+    def num_right(self) -> int:
+        """Held-out answers that are right, word for word."""
+        return sum(one.right for one in self.judged)
 
 
 def run_demo(output: Path, backend: str | None, seed: int, console: Console) -> DemoResult:
@@ -143,7 +143,7 @@ def make_parts(output: Path, seed: int, console: Console) -> None:
             continue
         start = time.perf_counter()
         _make_whole(output / name, make)
-        console.print(f"done in {time.perf_counter() - start:.0f} s: {output / name}", soft_wrap=True)
+        console.print(f"done in {time.perf_counter() - start:.0f} s: {output / name}", soft_wrap=True, markup=False)
 
 
 def training_stages(output: Path, backend: str, seed: int) -> dict[str, RunConfig]:
