@@ -56,7 +56,7 @@ def plot_answers(judged: Sequence[Judged], path: Path) -> None:
     """A grid of held-out pictures with question and answer, the wrong ones first so that they are seen."""
     num_right = sum(one.right for one in judged)
     figure, panels = plt.subplots(
-        ROWS, COLUMNS, figsize=(13, 10.6), layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.12)
+        ROWS, COLUMNS, figsize=(13, 10.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     )
     shown = choose(judged)
     for axes in panels.flat:
