@@ -19,7 +19,7 @@ from llava_core.data.readers import Reader
 from llava_core.data.records import Record
 from llava_core.data.templates import Template, check_image_count
 from llava_core.data.tokens import encode
-from llava_core.errors import BadRow, DataError
+from llava_core.errors import BadRow, DataError, TrainingError
 
 ROWS_PER_MESSAGE = 8
 """Rows that a worker decodes before it hands them over; a message a row would cost more than the decoding of text."""
@@ -243,8 +243,25 @@ def _decoded(builder: ExampleBuilder, rows: Sequence[int], num_workers: int) -> 
         generator=torch.Generator(),  # its own, so that starting workers does not draw from the run's random state
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-    for group in loader:
+    groups = iter(loader)
+    while (group := _next_group(groups)) is not None:
         yield from group
+
+
+def _next_group(groups: Iterator[list[Example | Rejected]]) -> list[Example | Rejected] | None:
+    """The next group of rows, None after the last.
+
+    Raises:
+        TrainingError: a decoding process was killed, e.g. for want of memory.
+    """
+    try:
+        return next(groups, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # PyTorch has no class of its own for this
+            raise
+        raise TrainingError(
+            f"{error} The last checkpoint is intact. If memory ran out, lower data.num_workers or batch.global_size."
+        ) from error
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

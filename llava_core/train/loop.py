@@ -14,6 +14,7 @@ from rich.console import Console
 from llava_core.config import RunConfig, to_yaml
 from llava_core.data.loader import Step
 from llava_core.engine.torch_engine import StepResult
+from llava_core.errors import ConfigError
 from llava_core.plugins import Registry
 from llava_core.train import report, resume
 from llava_core.train.flops import step_flops
@@ -57,6 +58,11 @@ def train_model(
     done, notes = resume.resume(run)
     for note in notes:
         console.print(note)
+    if done == 0 and (config.output / EXPORT_FOLDER).exists():
+        raise ConfigError(
+            f"{config.output} holds a finished run and no checkpoint to go on from: its model is in "
+            f"{config.output / EXPORT_FOLDER}. Name another output, or remove the folder to train afresh."
+        )
     config.output.mkdir(parents=True, exist_ok=True)
     (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     with stop_on_signals() as stop:

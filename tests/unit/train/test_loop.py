@@ -125,11 +125,11 @@ def step_losses(run: Run, count: int) -> list[float]:
     return [run.engine.step(next(steps).batches, 1.0).loss for _ in range(count)]
 
 
+@torch._dynamo.config.patch(recompile_limit=1000)  # beyond it nothing is compiled or counted
 def test_compiled_layers_are_not_compiled_anew_for_each_batch(
     parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = CompileCounter()  # captures graphs and runs them as they are: the C++ compiler would take a minute
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1000)  # beyond it nothing is compiled or counted
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
     torch._dynamo.reset()
     plain = step_losses(tiny_run(parts, tmp_path / "plain"), 14)
