@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -210,6 +211,24 @@ class StepLoader:
         return examples
 
 
+@contextmanager
+def naming_killed_workers() -> Iterator[None]:
+    """Around whatever runs while workers decode: PyTorch reports a killed one from a signal handler, wherever the
+    trainer happens to be.
+
+    Raises:
+        TrainingError: a decoding process was killed, e.g. for want of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # PyTorch has no class of its own for this
+            raise
+        raise TrainingError(
+            f"{error} The last checkpoint is intact. If memory ran out, lower data.num_workers or batch.global_size."
+        ) from error
+
+
 class _Rows(Dataset[list[Example | Rejected]]):
     """Groups of rows, for PyTorch's loader to hand to its workers."""
 
@@ -243,25 +262,8 @@ def _decoded(builder: ExampleBuilder, rows: Sequence[int], num_workers: int) -> 
         generator=torch.Generator(),  # its own, so that starting workers does not draw from the run's random state
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-    groups = iter(loader)
-    while (group := _next_group(groups)) is not None:
+    for group in loader:
         yield from group
-
-
-def _next_group(groups: Iterator[list[Example | Rejected]]) -> list[Example | Rejected] | None:
-    """The next group of rows, None after the last.
-
-    Raises:
-        TrainingError: a decoding process was killed, e.g. for want of memory.
-    """
-    try:
-        return next(groups, None)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # PyTorch has no class of its own for this
-            raise
-        raise TrainingError(
-            f"{error} The last checkpoint is intact. If memory ran out, lower data.num_workers or batch.global_size."
-        ) from error
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

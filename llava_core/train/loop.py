@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llava_core.config import RunConfig, to_yaml
-from llava_core.data.loader import Step
+from llava_core.data.loader import Step, naming_killed_workers
 from llava_core.engine.torch_engine import StepResult
 from llava_core.errors import ConfigError
 from llava_core.plugins import Registry
@@ -65,7 +65,7 @@ def train_model(
         )
     config.output.mkdir(parents=True, exist_ok=True)
     (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, naming_killed_workers():
         done = run_steps(run, done, stop, registry, console)
         plot_loss(config.output)
         if stop:
