@@ -21,7 +21,8 @@ import transformers
 from PIL import Image
 from transformers import LlavaImageProcessorPil
 
-from llava_core.data.images import Aspect, ImageProcessor, ImageStore
+from llava_core.data.image_store import ImageStore
+from llava_core.data.images import Aspect, ImageProcessor
 
 NUM_IMAGES = 48
 ROUNDS = 5

@@ -39,7 +39,7 @@ def generate(
 ) -> None:
     """Answer every row of a prompts file; a row that cannot be answered has an `error` in its place."""
     from llava_core.api import load_assistant
-    from llava_core.data.images import MAX_WORKING_PIXELS, ImageStore
+    from llava_core.data.image_store import MAX_WORKING_PIXELS, ImageStore
     from llava_core.inference.prompts import read_prompts, write_answers
     from llava_core.inference.sampling import GenerationSettings
     from llava_core.plugins import Registry

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from llava_core.cli.ask import ask
 from llava_core.cli.backends import backends
+from llava_core.cli.certify import certify
 from llava_core.cli.demo import demo
 from llava_core.cli.doctor import doctor
 from llava_core.cli.generate import generate
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, ask, generate, backends, doctor):
+for command in (demo, train, ask, generate, backends, doctor, certify):
     app.command()(command)
 
 

@@ -1,15 +1,10 @@
-"""Images, from a name in a row to the tensor the vision tower reads; the same for training and generation."""
+"""An image to the tensor that the vision tower reads; the same for training and generation."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import stat
-import struct
-import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_core.errors import BadRow, ConfigError, DataError
+from llava_core.data.image_store import MAX_WORKING_PIXELS, check_size
+from llava_core.errors import ConfigError
 
 Aspect = Literal["square", "pad"]
 Triple = tuple[float, float, float]
@@ -31,16 +27,6 @@ Size = tuple[int, int]
 CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = int(Image.Resampling.BICUBIC)
-
-# Pixels of the largest image made on the way (512 MiB): a 1 x 100000 image is small on disk and in memory, but
-# neither as a padded square nor with its shortest edge at 336.
-MAX_WORKING_PIXELS = 2**27
-
-# Rasters only: Pillow would hand an EPS file to Ghostscript, which runs it as a program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-
-# What Pillow raises on damaged files: UnidentifiedImageError is an OSError, AVIF's is a RuntimeError.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error, zlib.error)
 
 # The keys that are honoured, with the defaults of transformers' CLIP and LLaVA processors, and where SigLIP's differ.
 DEFAULTS: Mapping[str, Any] = {
@@ -59,72 +45,6 @@ FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "default_t
 # The keys that do not change the pixels of an RGB image: names, and arguments of transformers' call.
 NAMES = {"processor_class", "image_processor_type", "feature_extractor_type", "_valid_processor_keys"}
 CALL_KEYS = {"do_convert_rgb", "return_tensors", "data_format", "input_data_format", "device", "disable_grouping"}
-
-
-class ImageStore:
-    """The image folder of a data set: nothing outside it is read, and nothing large is decoded.
-
-    Raises:
-        DataError: `root` is not a folder.
-    """
-
-    def __init__(self, root: Path, max_pixels: int) -> None:
-        if not root.is_dir():
-            raise DataError(f"the image folder {root} is not a folder that can be read; check the path")
-        Image.init()  # fills Image.OPEN, which lacks the formats this Pillow was built without
-        self.root = root.resolve()
-        self.max_pixels = max_pixels
-        self._formats = tuple(name for name in FORMATS if name in Image.OPEN)
-
-    def open(self, relative: str) -> Image.Image:
-        """The decoded image, with the pixels of `Image.open(path).convert("RGB")`, as the original LLaVA reads it.
-
-        EXIF rotation is not applied and transparency is dropped, not blended: the original does neither.
-
-        Raises:
-            BadRow: `image_outside_folder`, `missing_image`, `image_too_large` (from the header, before decoding) or
-                `broken_image`.
-        """
-        path = self._locate(relative)
-        try:
-            with path.open("rb") as file, warnings.catch_warnings():
-                # The limit that holds is max_pixels; Pillow's warning would come beside it, or alone and to no effect.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                warnings.filterwarnings("ignore", message="Palette images with Transparency")
-                image = Image.open(file, formats=self._formats)
-                _check_size(f"{relative!r}", image.size, self.max_pixels)
-                rgb = image.convert("RGB")
-        except BadRow:  # a ValueError too
-            raise
-        except Image.DecompressionBombError as error:
-            raise BadRow("image_too_large", f"{relative!r}: {error} The limit is {self.max_pixels} pixels") from error
-        except DAMAGED as error:
-            raise BadRow("broken_image", f"{relative!r} cannot be read: {type(error).__name__}: {error}") from error
-        # Left there by palette images: other libraries would take it as a colour to blend on white.
-        rgb.info.pop("transparency", None)
-        return rgb
-
-    def _locate(self, relative: str) -> Path:
-        """The real path of a file in the folder; every link followed, so that what is inside cannot lead out."""
-        try:
-            path = Path(os.path.realpath(self.root / relative))
-        except ValueError as error:  # a NUL, or half of a surrogate pair
-            raise BadRow("missing_image", f"{relative!r} cannot be a file name: {error}") from error
-        if os.path.isabs(relative) or not path.is_relative_to(self.root):
-            raise BadRow(
-                "image_outside_folder",
-                f"{relative!r} leads to {path}, outside the image folder {self.root}; "
-                "paths must be relative to the folder, and links must stay inside it",
-            )
-        try:
-            mode = path.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise BadRow("missing_image", f"{relative!r} is not in the image folder {self.root}") from error
-        except OSError as error:
-            raise BadRow("broken_image", f"{relative!r} cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
-            raise BadRow("broken_image", f"{relative!r} is a {'folder' if stat.S_ISDIR(mode) else 'special file'}")
-        return path
 
 
 @dataclass(frozen=True)
@@ -282,14 +202,14 @@ class ImageProcessor:
 
     def _expand_to_square(self, image: Image.Image) -> Image.Image:
         side = max(image.size)
-        _check_size(f"the square around {image.width} x {image.height}", (side, side), MAX_WORKING_PIXELS)
+        check_size(f"the square around {image.width} x {image.height}", (side, side), MAX_WORKING_PIXELS)
         square = Image.new("RGB", (side, side), tuple(int(level * 255) for level in self.mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
         width, height = self._resized_size(image.width, image.height)
-        _check_size(f"{image.width} x {image.height} resized", (width, height), MAX_WORKING_PIXELS)
+        check_size(f"{image.width} x {image.height} resized", (width, height), MAX_WORKING_PIXELS)
         crop_height, crop_width = self.output_size
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
         if isinstance(self.resize, int) and self.resample == BICUBIC and left > 0 and height == crop_height:
@@ -341,14 +261,6 @@ def _bicubic_weights(size: int, resized: int, left: int, crop: int) -> np.ndarra
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = np.where(x < 1, near, np.where(x < 2, far, 0.0)) * ((columns >= 0) & (columns < size))
     return weights / weights.sum(axis=1, keepdims=True)
-
-
-def _check_size(what: str, size: Size, limit: int) -> None:
-    pixels = size[0] * size[1]
-    if pixels > limit:
-        raise BadRow("image_too_large", f"{what} is {size[0]} x {size[1]} = {pixels} pixels, the limit is {limit}")
-    if not pixels:
-        raise BadRow("broken_image", f"{what} is {size[0]} x {size[1]} pixels")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llava_core.data.batch import Batch, Counts, Example
-from llava_core.data.images import ImageProcessor, ImageStore
+from llava_core.data.image_store import ImageStore
+from llava_core.data.images import ImageProcessor
 from llava_core.data.packing import build_batch, pack_samples, pad_samples
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers import Reader

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from llava_core.api import load_assistant
 from llava_core.config import RunConfig
-from llava_core.data.images import ImageStore
+from llava_core.data.image_store import ImageStore
 from llava_core.demo import stages
 from llava_core.demo.digits import IMAGE_SIZE, NUM_TRAIN, DigitData, load_digits, write_data
 from llava_core.demo.pictures import Judged, plot_answers, plot_losses

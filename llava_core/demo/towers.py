@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from llava_core.data.images import ImageProcessor, ImageStore
+from llava_core.data.image_store import ImageStore
+from llava_core.data.images import ImageProcessor
 from llava_core.data.readers.llava import LlavaJsonReader
 from llava_core.data.tokens import encode
 from llava_core.demo.digits import IMAGE_SIZE, DigitData

@@ -15,7 +15,8 @@ from PIL import Image
 from llava_core.backend import OpSet
 from llava_core.data.batch import Example
 from llava_core.data.conversation import Template, check_image_count
-from llava_core.data.images import MAX_WORKING_PIXELS, ImageProcessor, ImageStore
+from llava_core.data.image_store import MAX_WORKING_PIXELS, ImageStore
+from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import Rejected
 from llava_core.data.records import Turn
 from llava_core.data.tokens import encode

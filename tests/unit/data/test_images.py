@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
-from llava_core.data.images import Aspect, ImageProcessor, ImageStore, exact_columns
+from llava_core.data.image_store import ImageStore
+from llava_core.data.images import Aspect, ImageProcessor, exact_columns
 from llava_core.errors import BadRow, ConfigError, DataError
 
 SQUARE_336 = ImageProcessor(resize=336, crop=(336, 336))

@@ -1,0 +1,99 @@
+"""Opens the images of a data set: nothing outside its folder, and nothing too large to decode."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+from PIL import Image
+
+from llava_core.errors import BadRow, DataError
+
+# Pixels of the largest image made on the way (512 MiB): a 1 x 100000 image is small on disk and in memory, but
+# neither as a padded square nor with its shortest edge at 336.
+MAX_WORKING_PIXELS = 2**27
+
+# Rasters only: Pillow would hand an EPS file to Ghostscript, which runs it as a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# What Pillow raises on damaged files: UnidentifiedImageError is an OSError, AVIF's is a RuntimeError.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error, zlib.error)
+
+
+class ImageStore:
+    """The image folder of a data set: nothing outside it is read, and nothing large is decoded.
+
+    Raises:
+        DataError: `root` is not a folder.
+    """
+
+    def __init__(self, root: Path, max_pixels: int) -> None:
+        if not root.is_dir():
+            raise DataError(f"the image folder {root} is not a folder that can be read; check the path")
+        Image.init()  # fills Image.OPEN, which lacks the formats this Pillow was built without
+        self.root = root.resolve()
+        self.max_pixels = max_pixels
+        self._formats = tuple(name for name in FORMATS if name in Image.OPEN)
+
+    def open(self, relative: str) -> Image.Image:
+        """The decoded image, with the pixels of `Image.open(path).convert("RGB")`, as the original LLaVA reads it.
+
+        EXIF rotation is not applied and transparency is dropped, not blended: the original does neither.
+
+        Raises:
+            BadRow: `image_outside_folder`, `missing_image`, `image_too_large` (from the header, before decoding) or
+                `broken_image`.
+        """
+        path = self._locate(relative)
+        try:
+            with path.open("rb") as file, warnings.catch_warnings():
+                # The limit that holds is max_pixels; Pillow's warning would come beside it, or alone and to no effect.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                warnings.filterwarnings("ignore", message="Palette images with Transparency")
+                image = Image.open(file, formats=self._formats)
+                check_size(f"{relative!r}", image.size, self.max_pixels)
+                rgb = image.convert("RGB")
+        except BadRow:  # a ValueError too
+            raise
+        except Image.DecompressionBombError as error:
+            raise BadRow("image_too_large", f"{relative!r}: {error} The limit is {self.max_pixels} pixels") from error
+        except DAMAGED as error:
+            raise BadRow("broken_image", f"{relative!r} cannot be read: {type(error).__name__}: {error}") from error
+        # Left there by palette images: other libraries would take it as a colour to blend on white.
+        rgb.info.pop("transparency", None)
+        return rgb
+
+    def _locate(self, relative: str) -> Path:
+        """The real path of a file in the folder; every link followed, so that what is inside cannot lead out."""
+        try:
+            path = Path(os.path.realpath(self.root / relative))
+        except ValueError as error:  # a NUL, or half of a surrogate pair
+            raise BadRow("missing_image", f"{relative!r} cannot be a file name: {error}") from error
+        if os.path.isabs(relative) or not path.is_relative_to(self.root):
+            raise BadRow(
+                "image_outside_folder",
+                f"{relative!r} leads to {path}, outside the image folder {self.root}; "
+                "paths must be relative to the folder, and links must stay inside it",
+            )
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise BadRow("missing_image", f"{relative!r} is not in the image folder {self.root}") from error
+        except OSError as error:
+            raise BadRow("broken_image", f"{relative!r} cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            raise BadRow("broken_image", f"{relative!r} is a {'folder' if stat.S_ISDIR(mode) else 'special file'}")
+        return path
+
+
+def check_size(what: str, size: tuple[int, int], limit: int) -> None:
+    """Refuse an image of no pixels or of more than `limit`. Raises BadRow."""
+    pixels = size[0] * size[1]
+    if pixels > limit:
+        raise BadRow("image_too_large", f"{what} is {size[0]} x {size[1]} = {pixels} pixels, the limit is {limit}")
+    if not pixels:
+        raise BadRow("broken_image", f"{what} is {size[0]} x {size[1]} pixels")
