@@ -1,6 +1,8 @@
 """Ask a trained model, or any Hugging Face LLaVA, about images.
 
     python examples/ask.py MODEL QUESTION IMAGE [IMAGE …]
+
+MODEL is a Hugging Face folder, e.g. OUTPUT/hf of examples/sft.py.
 """
 
 from __future__ import annotations
