@@ -1,0 +1,47 @@
+"""A certificate in short: a line a check's name, and skips by reason. What the renderings share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from llava_core.testing.conformance.result import Certificate, Result, Status
+
+
+@dataclass(frozen=True)
+class Line:
+    """All checks of one name."""
+
+    name: str
+    explanation: str
+    counts: Counter[Status]
+    remark: str
+
+    @property
+    def status(self) -> Status:
+        """Failed if one is, passed if one is, else skipped."""
+        return next(s for s in (Status.FAILED, Status.PASSED, Status.SKIPPED) if self.counts[s])
+
+
+def summarise(certificate: Certificate) -> list[Line]:
+    """The lines, in the order in which the checks ran."""
+    groups: dict[str, list[Result]] = {}
+    for check in certificate.checks:
+        groups.setdefault(check.name, []).append(check)
+    return [_line(name, group) for name, group in groups.items()]
+
+
+def _line(name: str, group: list[Result]) -> Line:
+    counts = Counter(check.status for check in group)
+    reasons = Counter(check.message for check in group if check.status is Status.SKIPPED)
+    skipped = "; ".join(f"{count} × {reason}" if count > 1 else reason for reason, count in reasons.most_common())
+    measured = group[0].message if len(group) == 1 and group[0].status is Status.PASSED else ""
+    return Line(name, group[0].explanation, counts, f"skipped: {skipped}" if skipped else measured)
+
+
+def verdict(certificate: Certificate) -> str:
+    """One sentence."""
+    counts = ", ".join(f"{certificate.count(status)} {status.value}" for status in Status)
+    if certificate.ok:
+        return f"{certificate.backend} conforms: {counts}"
+    return f"{certificate.backend} does not conform: {counts}"

@@ -1,0 +1,76 @@
+"""What the checks run in processes of their own. Its arguments are a task and JSON; it prints one line of JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+HEAVY = ("torch", "transformers", "numpy")
+
+
+def import_plugin(arguments: Mapping[str, Any]) -> list[str]:
+    """The heavy packages that importing the plugin's module loads."""
+    importlib.import_module(arguments["module"])
+    return sorted(name for name in HEAVY if name in sys.modules)
+
+
+def probe(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a probe answers, and whether the device has a context after it (None: PyTorch cannot tell)."""
+    import torch
+
+    from llava_core.plugins.registry import resolve
+
+    kind = resolve(arguments["backend"])
+    kind()
+    found = kind.probe()
+    return {"reason": found.reason, "devices": len(found.devices), "context": _has_context(torch, kind.device_type)}
+
+
+def _has_context(torch: Any, device_type: str) -> bool | None:
+    if device_type == "cpu":
+        return False  # the host needs none
+    known = getattr(torch.get_device_module(device_type), "is_initialized", None)
+    return None if known is None else bool(known())
+
+
+def collectives(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """By dtype, what a sum, a broadcast and a gather over every process got wrong; empty where nothing."""
+    import torch
+    from torch import distributed
+
+    from llava_core.plugins.registry import resolve
+
+    backend, rank, size = resolve(arguments["backend"])(), arguments["rank"], arguments["size"]
+    device = backend.open(rank, threads=1, deterministic=True)
+    store = distributed.FileStore(arguments["store"], size)
+    distributed.init_process_group(backend.dist.process_group, store=store, rank=rank, world_size=size)
+    wrong = {}
+    try:
+        for dtype in sorted(backend.dist.reduce_dtypes, key=str):
+            # Whole numbers small enough to be exact in every dtype, and different in every place and process.
+            own = [torch.arange(1, 9, device=device, dtype=dtype) + 8 * r for r in range(size)]
+            total, sent = own[rank].clone(), own[rank].clone()
+            gathered = torch.empty(8 * size, device=device, dtype=dtype)
+            distributed.all_reduce(total)
+            distributed.broadcast(sent, src=size - 1)
+            distributed.all_gather_into_tensor(gathered, own[rank])
+            answers = {"sum": total, "broadcast": sent, "gather": gathered}
+            right = {"sum": torch.stack(own).sum(0, dtype=dtype), "broadcast": own[-1], "gather": torch.cat(own)}
+            bad = [name for name, found in answers.items() if not torch.equal(found, right[name])]
+            wrong[str(dtype).removeprefix("torch.")] = ", ".join(bad)
+    finally:
+        distributed.destroy_process_group()
+    return wrong
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "import_plugin": import_plugin,
+    "probe": probe,
+    "collectives": collectives,
+}
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(TASKS[sys.argv[1]](json.loads(sys.argv[2]))))
