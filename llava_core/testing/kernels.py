@@ -43,6 +43,11 @@ class Standard:
     reference: Mapping[str, Tensor]
     floors: Mapping[str, float]
 
+    def without_gradients(self) -> Standard:
+        """The outputs alone."""
+        exact = {part: value for part, value in self.exact.items() if part.startswith("output")}
+        return Standard(exact, self.reference, self.floors)
+
     def errors(self, actual: Mapping[str, Tensor]) -> Iterator[PartError]:
         """The error of each part beside the reference's own."""
         for part, truth in self.exact.items():

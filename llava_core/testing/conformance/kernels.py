@@ -15,7 +15,7 @@ from llava_core.backend.ops import Case
 from llava_core.testing.conformance import layouts
 from llava_core.testing.conformance.check import Check, CheckFailed, CheckSkipped
 from llava_core.testing.conformance.stress import STRESS
-from llava_core.testing.conformance.subject import Subject, target
+from llava_core.testing.conformance.subject import Subject, determinism, target
 from llava_core.testing.kernels import to_device
 
 REPEATS = 3
@@ -39,14 +39,25 @@ def checks(subject: Subject) -> Iterator[Check]:
             yield Check("kernel.accumulation", target(kernel, case.name, dtype), wide, bound, kernel.op)
 
 
-def judge(subject: Subject, kernel: KernelSpec, case: Case, dtype: torch.dtype, actual: Mapping[str, Tensor]) -> str:
+def judge(
+    subject: Subject,
+    kernel: KernelSpec,
+    case: Case,
+    dtype: torch.dtype,
+    actual: Mapping[str, Tensor],
+    *,
+    gradients: bool = True,
+) -> str:
     """Hold results against the op's standard; returns the worst part's error as a multiple of what is allowed.
 
     Raises:
-        CheckFailed: a part of another dtype or device than the reference's, or too far from the exact answer.
+        CheckFailed: a part is missing, of another dtype or device than the reference's, or too far from exact.
     """
     op = CATALOGUE[kernel.op]
     _, standard = subject.standard(kernel.op, case, dtype)
+    standard = standard if gradients else standard.without_gradients()
+    if actual.keys() != standard.exact.keys():
+        raise CheckFailed(f"the results are {', '.join(actual)}, not {', '.join(standard.exact)}")
     worst = 0.0
     for error in standard.errors(actual):
         found, expected = actual[error.part], standard.reference[error.part]
@@ -86,7 +97,7 @@ def _check_inputs_unchanged(subject: Subject, kernel: KernelSpec, case: Case, dt
     function = subject.require(kernel, dtype, case.describe)
     inputs, _ = subject.standard(kernel.op, case, dtype)
     passed = [to_device(x, subject.device) for x in inputs]
-    with torch.no_grad():
+    with torch.no_grad(), determinism(kernel.deterministic):
         function(*passed)
     _expect_unchanged(passed, inputs, "the forward pass without gradients")
     subject.run(kernel, function, case, passed)
@@ -105,6 +116,17 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, MaskSpec):
         return [x for x in (value.cu_seqlens, value.key_valid) if x is not None]
     return [value] if isinstance(value, Tensor) else []
+
+
+def _check_inference(subject: Subject, kernel: KernelSpec, case: Case, dtype: torch.dtype) -> str:
+    """Kernels often take another way where nothing is kept for a backward pass."""
+    function = subject.require(kernel, dtype, case.describe, gradients=(False,))
+    inputs, _ = subject.standard(kernel.op, case, dtype)
+    with torch.no_grad(), determinism(kernel.deterministic):
+        result = function(*(to_device(x, subject.device) for x in inputs))
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    parts = {f"output {i}": output for i, output in enumerate(outputs)}
+    return judge(subject, kernel, case, dtype, parts, gradients=False)
 
 
 def _check_strided(subject: Subject, kernel: KernelSpec, case: Case, dtype: torch.dtype) -> str:
@@ -150,6 +172,7 @@ CHECKS: dict[str, tuple[str, KernelCheck]] = {
         "outputs and gradients are as near to float64 as the reference in the same dtype",
         _check_accuracy,
     ),
+    "kernel.inference": ("outputs are as near to float64 where no gradient is wanted", _check_inference),
     "kernel.inputs_unchanged": ("no argument is written to", _check_inputs_unchanged),
     "kernel.strided": ("slices of wider rows and permuted dims give the same answers", _check_strided),
     "kernel.bounds": ("nothing beside an input is read: NaN and infinity lie around each", _check_bounds),

@@ -18,11 +18,9 @@ from llava_core.testing.conformance.check import Check, CheckFailed
 from llava_core.testing.conformance.subject import Subject, target
 from llava_core.testing.conformance.visibility import (
     NUM_HEADS,
-    NUM_KV_HEADS,
     Attention,
     expect_visible,
     serve,
-    serve_unequal,
 )
 
 KEYS = 21
@@ -62,21 +60,21 @@ def visible_packed(lengths: Sequence[int], window: int | None = None) -> Tensor:
 
 def _check_causal(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     mask = MaskSpec.dense(causal=True)
-    weights = serve(subject, kernel, dtype, [mask], KEYS).weights(mask, KEYS, KEYS, rows=2)
+    weights = serve(subject, kernel, dtype, [mask], keys=KEYS).weights(mask, KEYS, KEYS, rows=2)
     expect_visible(weights, visible(KEYS, KEYS, lambda q, k: k <= q))
     return ""
 
 
 def _check_full(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     mask = MaskSpec.dense(causal=False)
-    weights = serve(subject, kernel, dtype, [mask], KEYS).weights(mask, KEYS, KEYS, rows=2)
+    weights = serve(subject, kernel, dtype, [mask], keys=KEYS).weights(mask, KEYS, KEYS, rows=2)
     expect_visible(weights, torch.ones(KEYS, KEYS, dtype=torch.bool))
     return ""
 
 
 def _check_alignment(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     mask = MaskSpec.dense(causal=True)
-    attention = serve_unequal(subject, kernel, dtype, [mask], KEYS)
+    attention = serve(subject, kernel, dtype, [mask], keys=KEYS, unequal_lengths=True)
     for queries in (1, 6):
         weights = attention.weights(mask, queries, KEYS)
         expect_visible(weights, visible(queries, KEYS, lambda q, k, behind=KEYS - queries: k <= q + behind))  # type: ignore[misc]
@@ -85,21 +83,21 @@ def _check_alignment(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -
 
 def _check_window(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     mask = MaskSpec.dense(causal=True, window=WINDOW)
-    weights = serve(subject, kernel, dtype, [mask], KEYS).weights(mask, KEYS, KEYS)
+    weights = serve(subject, kernel, dtype, [mask], keys=KEYS).weights(mask, KEYS, KEYS)
     expect_visible(weights, visible(KEYS, KEYS, lambda q, k: q - WINDOW < k <= q))
     return ""
 
 
 def _check_packed(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     mask = packed(LENGTHS)
-    weights = serve(subject, kernel, dtype, [mask], max(LENGTHS)).weights(mask, KEYS, KEYS)
+    weights = serve(subject, kernel, dtype, [mask], keys=max(LENGTHS)).weights(mask, KEYS, KEYS)
     expect_visible(weights, visible_packed(LENGTHS))
     return ""
 
 
 def _check_packed_window(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     mask = packed(LENGTHS, window=WINDOW)
-    weights = serve(subject, kernel, dtype, [mask], max(LENGTHS)).weights(mask, KEYS, KEYS)
+    weights = serve(subject, kernel, dtype, [mask], keys=max(LENGTHS)).weights(mask, KEYS, KEYS)
     expect_visible(weights, visible_packed(LENGTHS, WINDOW))
     return ""
 
@@ -112,7 +110,7 @@ def _padded(*leading: int) -> MaskSpec:
 
 def _check_padding(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     mask = _padded(0, 5, 20)
-    weights = serve_unequal(subject, kernel, dtype, [mask], KEYS).weights(mask, 1, KEYS, rows=3)
+    weights = serve(subject, kernel, dtype, [mask], keys=KEYS, unequal_lengths=True).weights(mask, 1, KEYS, rows=3)
     expect_visible(weights, mask.key_valid[:, None, :] if mask.key_valid is not None else torch.empty(0))
     return ""
 
@@ -120,7 +118,7 @@ def _check_padding(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> 
 def _check_empty_rows(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     """Left-padded prefill: the padding's own queries see nothing."""
     mask = _padded(0, 6)
-    attention = serve(subject, kernel, dtype, [mask], KEYS)
+    attention = serve(subject, kernel, dtype, [mask], keys=KEYS, gradients=(True,))
     q, k, v = _random(attention, rows=2)
     inputs = [x.to(subject.device, dtype).requires_grad_() for x in (q, k, v)]
     out = attention(inputs[0], inputs[1], inputs[2], mask)
@@ -138,7 +136,7 @@ def _check_empty_rows(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) 
 def _check_isolation(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     """Sample by sample: new content in one leaves every other sample's outputs and gradients as they were."""
     mask = packed(LENGTHS)
-    attention = serve(subject, kernel, dtype, [mask], max(LENGTHS))
+    attention = serve(subject, kernel, dtype, [mask], keys=max(LENGTHS), gradients=(True,))
     before = _with_gradients(attention, _random(attention), mask)
     offsets = (0, *accumulate(LENGTHS))
     for changed, (start, end) in enumerate(pairwise(offsets)):
@@ -159,7 +157,7 @@ def _check_isolation(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -
 def _check_fresh(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     """Masks of equal shape in alternation, new tensors and rewritten ones: what a cache with a weak key mixes up."""
     plans = ((7, 7, 7), (3, 9, 9), (7, 7, 7), (9, 9, 3), (1, 19, 1))
-    attention = serve(subject, kernel, dtype, [packed(p) for p in plans], max(max(p) for p in plans))
+    attention = serve(subject, kernel, dtype, [packed(p) for p in plans], keys=max(max(p) for p in plans))
     buffer = torch.zeros(4, dtype=torch.int32, device=subject.device)
     for rewritten in (False, True):
         for number, lengths in enumerate(plans):
@@ -177,7 +175,7 @@ def _check_fresh(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> st
 
 def _check_fresh_padding(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     masks = [_padded(*leading) for leading in ((0, 5), (9, 2), (0, 5), (20, 20))]
-    attention = serve_unequal(subject, kernel, dtype, masks, KEYS)
+    attention = serve(subject, kernel, dtype, masks, keys=KEYS, unequal_lengths=True)
     for number, mask in enumerate(masks):
         assert mask.key_valid is not None
         try:
@@ -189,7 +187,8 @@ def _check_fresh_padding(subject: Subject, kernel: KernelSpec, dtype: torch.dtyp
 
 def _random(attention: Attention, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    shapes = [(rows, KEYS, heads, attention.head_dim) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]
+    heads_of = (NUM_HEADS, attention.num_kv_heads, attention.num_kv_heads)
+    shapes = [(rows, KEYS, heads, attention.head_dim) for heads in heads_of]
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
     return q, k, v
 

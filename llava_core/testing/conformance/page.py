@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from llava_core.testing.conformance.result import Certificate, Result, Status
-from llava_core.testing.conformance.summary import Line, summarise, verdict
+from llava_core.testing.conformance.summary import Line, skips, summarise, verdict
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
@@ -19,7 +19,7 @@ pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; white-space: pre-wr
 
 
 def render_page(certificate: Certificate) -> str:
-    """The whole page: verdict, a row a check's name, every failure, then every check."""
+    """The whole page: verdict, a row a check's name, reasons for skips, every failure, then every check."""
     versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
     title = escape(f"{certificate.backend} on {certificate.device}")
     status = Status.PASSED if certificate.ok else Status.FAILED
@@ -29,6 +29,7 @@ def render_page(certificate: Certificate) -> str:
             f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n",
             f'<p class="{status.value}">{escape(verdict(certificate))}</p>\n<p>{escape(versions)}</p>\n',
             _summary(summarise(certificate)),
+            _skips(skips(certificate)),
             _failures(certificate.failures()),
             _every(certificate),
             "</body></html>\n",
@@ -49,10 +50,15 @@ def _summary(lines: list[Line]) -> str:
     rows = [
         f"<td><code>{escape(line.name)}</code></td>{_word(line.status)}"
         + "".join(f'<td class="number">{line.counts[status] or ""}</td>' for status in Status)
-        + f"<td>{escape(line.explanation)}</td><td>{escape(line.remark)}</td>"
+        + f"<td>{escape(line.explanation)}</td><td>{escape(line.found)}</td>"
         for line in lines
     ]
-    return _table(["check", "", "passed", "failed", "skipped", "a pass means", "remark"], rows)
+    return _table(["check", "", "passed", "failed", "skipped", "a pass means", "found"], rows)
+
+
+def _skips(lines: list[tuple[str, str]]) -> str:
+    rows = [f"<td>{escape(subjects)}</td><td>{escape(reason)}</td>" for subjects, reason in lines]
+    return "<h2>Skipped</h2>\n" + _table(["what", "why"], rows) if rows else ""
 
 
 def _failures(failures: list[Result]) -> str:

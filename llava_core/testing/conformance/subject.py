@@ -18,6 +18,9 @@ from llava_core.testing.conformance.check import CheckFailed, CheckSkipped
 from llava_core.testing.kernels import Standard, build_standard, run_case, sample_inputs
 
 HOST = torch.device("cpu")
+EITHER = (True, False)
+"""Where no gradient is looked at: a kernel for training alone is asked so, one for inference alone the other way."""
+
 PACKED = MaskFacts(packed=True, causal=True)
 
 
@@ -79,35 +82,49 @@ class Subject:
             if op is None or kernel.op == op:
                 yield from ((kernel, dtype) for dtype in self.dtypes)
 
-    def require(self, kernel: KernelSpec, dtype: torch.dtype, described: Mapping[str, Any]) -> Callable[..., Any]:
-        """The kernel's function, if it agrees to serve what is described.
+    def require(
+        self,
+        kernel: KernelSpec,
+        dtype: torch.dtype,
+        described: Mapping[str, Any],
+        gradients: Sequence[bool] = (True,),
+    ) -> Callable[..., Any]:
+        """The kernel's function, if it agrees to serve what is described, with one of these choices of gradients.
 
         Raises:
             CheckSkipped: it refuses, or its library is not here; with the reason.
             CheckFailed: it refuses without one.
         """
-        reason = self.refusal(kernel, dtype, described)
+        reason = self.refusal(kernel, dtype, described, gradients)
         if reason is not None:
             if not reason.strip():
                 raise CheckFailed("the kernel refuses the request and gives no reason")
             raise CheckSkipped(f"refused: {reason}")
         return self._load(kernel)
 
-    def refusal(self, kernel: KernelSpec, dtype: torch.dtype, described: Mapping[str, Any]) -> str | None:
+    def refusal(
+        self,
+        kernel: KernelSpec,
+        dtype: torch.dtype,
+        described: Mapping[str, Any],
+        gradients: Sequence[bool] = (True,),
+    ) -> str | None:
         """Why the kernel does not serve a request; None if it does.
 
         A mask is asked for alone and, if refused, together with packed training: some kernels are offered for the
         packed calls of a site, and agree to serve the site's other calls too.
         """
-        first = kernel.verdict(build_request(kernel, dtype, described))
-        if not isinstance(first, No):
-            return None
-        masks = described.get("masks", ())
-        if masks and PACKED not in masks:
-            both = kernel.verdict(build_request(kernel, dtype, {**described, "masks": (PACKED, *masks)}))
-            if not isinstance(both, No):
-                return None
-        return first.reason
+        asked = [dict(described)]
+        if described.get("masks") and PACKED not in described["masks"]:
+            asked.append({**described, "masks": (PACKED, *described["masks"])})
+        reasons = []
+        for needs_grad in gradients:
+            for facts in asked:
+                verdict = kernel.verdict(build_request(kernel, dtype, facts, needs_grad=needs_grad))
+                if not isinstance(verdict, No):
+                    return None
+                reasons.append(verdict.reason)
+        return reasons[0]
 
     def standard(self, op: str, case: Case, dtype: torch.dtype) -> tuple[list[Any], Standard]:
         """A case's inputs on the host and what results on them are held against.
@@ -147,9 +164,11 @@ def determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def build_request(kernel: KernelSpec, dtype: torch.dtype, described: Mapping[str, Any]) -> OpRequest:
-    """A training step's request, as deterministic as the kernel claims to be."""
-    return OpRequest(kernel.op, kernel.op, dtype, True, kernel.deterministic, **described)
+def build_request(
+    kernel: KernelSpec, dtype: torch.dtype, described: Mapping[str, Any], *, needs_grad: bool = True
+) -> OpRequest:
+    """A request as deterministic as the kernel claims to be."""
+    return OpRequest(kernel.op, kernel.op, dtype, needs_grad, kernel.deterministic, **described)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

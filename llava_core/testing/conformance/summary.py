@@ -10,12 +10,16 @@ from llava_core.testing.conformance.result import Certificate, Result, Status
 
 @dataclass(frozen=True)
 class Line:
-    """All checks of one name."""
+    """All checks of one name.
+
+    Attributes:
+        found: what was measured, where there is one check of the name and it passed.
+    """
 
     name: str
     explanation: str
     counts: Counter[Status]
-    remark: str
+    found: str
 
     @property
     def status(self) -> Status:
@@ -32,11 +36,21 @@ def summarise(certificate: Certificate) -> list[Line]:
 
 
 def _line(name: str, group: list[Result]) -> Line:
-    counts = Counter(check.status for check in group)
-    reasons = Counter(check.message for check in group if check.status is Status.SKIPPED)
-    skipped = "; ".join(f"{count} × {reason}" if count > 1 else reason for reason, count in reasons.most_common())
-    measured = group[0].message if len(group) == 1 and group[0].status is Status.PASSED else ""
-    return Line(name, group[0].explanation, counts, f"skipped: {skipped}" if skipped else measured)
+    found = group[0].message if len(group) == 1 and group[0].status is Status.PASSED else ""
+    return Line(name, group[0].explanation, Counter(check.status for check in group), found)
+
+
+def skips(certificate: Certificate) -> list[tuple[str, str]]:
+    """For each reason to skip, the kernels or else the checks that it kept from being judged, and how many checks."""
+    groups: dict[str, list[Result]] = {}
+    for check in certificate.checks:
+        if check.status is Status.SKIPPED:
+            groups.setdefault(check.message, []).append(check)
+    lines = []
+    for reason, group in groups.items():
+        subjects = dict.fromkeys("/".join(c.target.split("/")[:2]) if "/" in c.target else c.name for c in group)
+        lines.append((f"{', '.join(subjects)} ({len(group)} skipped)", reason))
+    return lines
 
 
 def verdict(certificate: Certificate) -> str:

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava_core.testing.conformance.result import Certificate, Result, Status
-from llava_core.testing.conformance.summary import summarise, verdict
+from llava_core.testing.conformance.summary import skips, summarise, verdict
 
 COLOURS = {Status.PASSED: "green", Status.FAILED: "bold red", Status.SKIPPED: "yellow"}
 MAX_SHOWN = 40
@@ -15,16 +15,19 @@ MAX_SHOWN = 40
 
 
 def print_certificate(certificate: Certificate, console: Console) -> None:
-    """A row a check's name, then every failure, then the verdict."""
+    """A row a check's name, then the reasons for skips, every failure, and the verdict."""
     versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
     table = Table(title=escape(f"{certificate.backend} on {certificate.device} ({versions})"), title_justify="left")
-    for column in ("check", "", "passed", "failed", "skipped", "a pass means", "remark"):
+    for column in ("check", "", "passed", "failed", "skipped", "a pass means"):
         table.add_column(column, overflow="fold")
     for line in summarise(certificate):
         counts = [str(line.counts[status] or "") for status in Status]
         word = f"[{COLOURS[line.status]}]{line.status.value}[/]"
-        table.add_row(line.name, word, *counts, escape(line.explanation), escape(line.remark))
+        found = f"\n[dim]{escape(line.found)}[/]" if line.found else ""
+        table.add_row(line.name, word, *counts, escape(line.explanation) + found)
     console.print(table)
+    for subjects, reason in skips(certificate):
+        console.print(f"{subjects}: {reason}", style=COLOURS[Status.SKIPPED], markup=False, highlight=False)
     failures = certificate.failures()
     for failure in failures[:MAX_SHOWN]:
         _print_failure(failure, console)

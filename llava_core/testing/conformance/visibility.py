@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava_core.backend import KernelSpec, MaskSpec
-from llava_core.testing.conformance.check import CheckFailed, CheckSkipped
-from llava_core.testing.conformance.subject import Subject, determinism
+from llava_core.testing.conformance.check import CheckFailed
+from llava_core.testing.conformance.subject import EITHER, Subject, determinism
 
-NUM_HEADS, NUM_KV_HEADS = 4, 2
+NUM_HEADS = 4
+NUM_KV_HEADS = (2, 4)
 HEAD_DIMS = (32, 64, 128, 16)
-"""The first that a kernel serves is taken."""
+"""The first number of key heads and head dim that a kernel serves are taken."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Attention:
     dtype: torch.dtype
     function: Callable[..., Tensor]
     head_dim: int
+    num_kv_heads: int
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
         """Inputs on the host -> output on the device."""
@@ -41,11 +44,11 @@ class Attention:
     def weights(self, mask: MaskSpec, num_queries: int, num_keys: int, rows: int = 1) -> Tensor:
         """The attention weights [B, Tq, Tk] of queries and keys that are all alike, on the host."""
         q = torch.zeros(rows, num_queries, NUM_HEADS, self.head_dim)
-        k = torch.zeros(rows, num_keys, NUM_KV_HEADS, self.head_dim)
+        k = torch.zeros(rows, num_keys, self.num_kv_heads, self.head_dim)
         columns = []
         for start in range(0, num_keys, self.head_dim):
             identity = torch.eye(num_keys, self.head_dim + start)[:, start:]
-            v = identity[None, :, None, :].expand(rows, -1, NUM_KV_HEADS, -1)
+            v = identity[None, :, None, :].expand(rows, -1, self.num_kv_heads, -1)
             out = self(q, k, v.contiguous(), mask).cpu().double()
             if not out.isfinite().all():
                 raise CheckFailed("the output is not finite, though every input is")
@@ -55,31 +58,31 @@ class Attention:
         return torch.cat(columns, dim=-1)[..., :num_keys]
 
 
-def serve(subject: Subject, kernel: KernelSpec, dtype: torch.dtype, masks: Sequence[MaskSpec], keys: int) -> Attention:
-    """The kernel, if it serves every one of these masks (equal lengths).
+def serve(
+    subject: Subject,
+    kernel: KernelSpec,
+    dtype: torch.dtype,
+    masks: Sequence[MaskSpec],
+    *,
+    keys: int,
+    unequal_lengths: bool = False,
+    gradients: Sequence[bool] = EITHER,
+) -> Attention:
+    """The kernel, if it serves every one of these masks.
 
     Raises:
-        CheckSkipped: it refuses them with every head dim tried.
+        CheckSkipped: it refuses them with every number of heads and head dim that is tried; with its first reason.
     """
-    return _serve(subject, kernel, dtype, tuple(mask.facts() for mask in masks), keys)
-
-
-def serve_unequal(
-    subject: Subject, kernel: KernelSpec, dtype: torch.dtype, masks: Sequence[MaskSpec], keys: int
-) -> Attention:
-    """As `serve`, with fewer queries than keys."""
-    return _serve(subject, kernel, dtype, tuple(mask.facts(unequal_lengths=True) for mask in masks), keys)
-
-
-def _serve(subject: Subject, kernel: KernelSpec, dtype: torch.dtype, masks: tuple, keys: int) -> Attention:
-    heads = {"num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS, "masks": masks, "max_length": keys}
-    for head_dim in HEAD_DIMS:
-        if subject.refusal(kernel, dtype, {"head_dim": head_dim, **heads}) is None:
-            return Attention(
-                subject, kernel, dtype, subject.require(kernel, dtype, {"head_dim": head_dim, **heads}), head_dim
-            )
-    subject.require(kernel, dtype, {"head_dim": HEAD_DIMS[0], **heads})  # raises with the reason
-    raise CheckSkipped("refused")
+    facts = tuple(mask.facts(unequal_lengths=unequal_lengths) for mask in masks)
+    described: list[dict[str, Any]] = [
+        {"head_dim": head_dim, "num_heads": NUM_HEADS, "num_kv_heads": kv_heads, "masks": facts, "max_length": keys}
+        for kv_heads in NUM_KV_HEADS
+        for head_dim in HEAD_DIMS
+    ]
+    refused = [subject.refusal(kernel, dtype, sizes, gradients) for sizes in described]
+    chosen = described[refused.index(None) if None in refused else 0]
+    function = subject.require(kernel, dtype, chosen, gradients)
+    return Attention(subject, kernel, dtype, function, chosen["head_dim"], chosen["num_kv_heads"])
 
 
 def expect_visible(weights: Tensor, expected: Tensor) -> None:

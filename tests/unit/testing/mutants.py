@@ -178,6 +178,21 @@ def rotary_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     return new_q, new_k
 
 
+def half_a_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
+    """Turns the queries alone."""
+    turned, _ = ops.rotary(q, q + k.sum() * 0, cos, sin)
+    return (turned,)
+
+
+def wrong_without_gradients(gate: Tensor, up: Tensor) -> Tensor:
+    return ops.swiglu(gate, up) if torch.is_grad_enabled() else torch.sigmoid(gate) * up
+
+
+def reads_back(gate: Tensor, up: Tensor) -> Tensor:
+    assert float(gate.detach().abs().amax().item()) >= 0
+    return ops.swiglu(gate, up)
+
+
 def unweighted_loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return ops.linear_cross_entropy(hidden, weight, targets, torch.full_like(weights, 1 / max(len(weights), 1)))
 

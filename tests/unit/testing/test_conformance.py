@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from llava_core.backend import CATALOGUE
+import llava_core
+from llava_core.backend import CATALOGUE, Probe
 from llava_core.errors import ConfigError
 from llava_core.plugins import Registry
 from llava_core.testing.conformance import (
@@ -23,11 +25,12 @@ from llava_core.testing.conformance import (
     certify,
     select_checks,
 )
-from llava_core.testing.conformance.check import Check
+from llava_core.testing.conformance.check import Check, run_check
 from llava_core.testing.conformance.page import render_page
 from llava_core.testing.conformance.pytest_class import process_settings
-from llava_core.testing.conformance.summary import summarise, verdict
+from llava_core.testing.conformance.summary import skips, summarise, verdict
 from llava_core.testing.conformance.terminal import print_certificate
+from llava_cpu.backend import CpuBackend
 
 KERNEL_TOPICS = ("kernel.", "mask.", "refusal.")
 PROCESS_TOPICS = ("plugin.", "collectives.")
@@ -156,7 +159,14 @@ def test_only_what_was_checked_and_did_not_fail_is_ok(statuses: list[Status], ok
 def test_the_summary_has_a_line_for_each_name_with_the_worst_status() -> None:
     accuracy, sync = summarise(CERTIFICATE)
     assert (accuracy.name, accuracy.status, accuracy.counts[Status.PASSED]) == ("kernel.accuracy", Status.FAILED, 1)
-    assert (sync.status, sync.remark) == (Status.SKIPPED, "skipped: PyTorch cannot tell")
+    assert sync.status is Status.SKIPPED
+
+
+def test_skips_are_gathered_by_reason() -> None:
+    assert skips(CERTIFICATE) == [
+        ("swiglu/<mine> (1 skipped)", "refused: no"),
+        ("swiglu/<mine> (1 skipped)", "PyTorch cannot tell"),
+    ]
 
 
 class References(HTMLParser):
@@ -196,3 +206,43 @@ def test_listing_the_checks_opens_no_device() -> None:
     tested = subject()
     assert all_checks(tested)
     assert not vars(tested).keys() & {"hardware", "host_hardware"}
+
+
+class Absent(CpuBackend):
+    """A backend without its device."""
+
+    name = "absent"
+
+    @classmethod
+    def probe(cls) -> Probe:
+        return Probe(False, "no device here")
+
+
+def test_without_its_device_a_backend_is_skipped_with_the_probes_reason() -> None:
+    tested = Subject(Absent(), CpuBackend())
+    chosen = [c for c in all_checks(tested) if c.op == "swiglu" or c.name.startswith(("rng.", "ladder."))]
+    results = [run_check(check) for check in chosen]
+    assert {r.message for r in results if r.status is not Status.PASSED} == {
+        "the backend cannot run here: no device here"
+    }
+    assert {r.name for r in results if r.status is Status.PASSED} == {"refusal.reasons"}
+
+
+def test_a_class_is_tested_as_a_name_is() -> None:
+    class Mine(BackendConformance):
+        backend = Absent
+
+    class Cpu(BackendConformance):
+        backend = "cpu"
+
+    assert [check.id for check in Mine.checks()] == [check.id for check in Cpu.checks()]
+
+
+def test_nothing_but_the_command_line_uses_the_kit() -> None:
+    core = Path(llava_core.__file__).parent
+    users = {
+        path.relative_to(core).parts[0]
+        for path in core.rglob("*.py")
+        if "llava_core.testing.conformance" in path.read_text(encoding="utf-8")
+    }
+    assert users == {"cli", "testing"}
