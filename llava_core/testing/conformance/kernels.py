@@ -102,7 +102,22 @@ def _check_inputs_unchanged(subject: Subject, kernel: KernelSpec, case: Case, dt
     _expect_unchanged(passed, inputs, "the forward pass without gradients")
     subject.run(kernel, function, case, passed)
     _expect_unchanged(passed, inputs, "forward and backward")
+    _expect_gradient_unchanged(subject, kernel, function, case, passed)
     return ""
+
+
+def _expect_gradient_unchanged(
+    subject: Subject, kernel: KernelSpec, function: Callable[..., Any], case: Case, inputs: list[Any]
+) -> None:
+    """Where a residual is added, autograd hands the same gradient to both branches."""
+    leaves = [x.detach().requires_grad_() if i in case.differentiable else x for i, x in enumerate(inputs)]
+    with determinism(kernel.deterministic):
+        result = function(*leaves)
+        outputs = list(result) if isinstance(result, tuple) else [result]
+        gradients = [torch.full_like(output, 0.5) for output in outputs]
+        torch.autograd.grad(outputs, [leaves[i] for i in case.differentiable], gradients)
+    if any(bool((gradient != 0.5).any()) for gradient in gradients):
+        raise CheckFailed("the backward pass writes into the gradient that it is given")
 
 
 def _expect_unchanged(passed: list[Any], original: list[Any], when: str) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, permutations
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from llava_core.backend import KernelSpec, MaskSpec
-from llava_core.testing.conformance.check import Check, CheckFailed
+from llava_core.testing.conformance.check import Check, CheckFailed, CheckSkipped
 from llava_core.testing.conformance.subject import Subject, target
 from llava_core.testing.conformance.visibility import (
     NUM_HEADS,
@@ -173,6 +173,33 @@ def _check_fresh(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> st
     return ""
 
 
+def _check_switching(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
+    """Kinds of mask in turn over inputs of one shape: a mode that a call leaves behind answers for the next one."""
+    kinds: dict[str, tuple[MaskSpec, Tensor]] = {
+        "full": (MaskSpec.dense(causal=False), torch.ones(KEYS, KEYS, dtype=torch.bool)),
+        "causal": (MaskSpec.dense(causal=True), visible(KEYS, KEYS, lambda q, k: k <= q)),
+        "window": (MaskSpec.dense(causal=True, window=WINDOW), visible(KEYS, KEYS, lambda q, k: q - WINDOW < k <= q)),
+        "padded": (_padded(5), visible(KEYS, KEYS, lambda q, k: 5 <= k <= q)),
+        "packed": (packed(LENGTHS), visible_packed(LENGTHS)),
+    }
+    served = {}
+    for kind, (mask, _) in kinds.items():
+        try:
+            served[kind] = serve(subject, kernel, dtype, [mask], keys=KEYS)
+        except CheckSkipped as reason:
+            refused = reason
+    if len(served) < 2:
+        raise CheckSkipped(f"the kernel serves one kind of mask at most; {refused}")
+    for before, after in permutations(served, 2):
+        served[before].weights(kinds[before][0], KEYS, KEYS)
+        mask, expected = kinds[after]
+        try:
+            expect_visible(served[after].weights(mask, KEYS, KEYS), expected)
+        except CheckFailed as failure:
+            raise CheckFailed(f"a {after} mask after a {before} one: {failure}") from failure
+    return ", ".join(served)
+
+
 def _check_fresh_padding(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -> str:
     masks = [_padded(*leading) for leading in ((0, 5), (9, 2), (0, 5), (20, 20))]
     attention = serve(subject, kernel, dtype, masks, keys=KEYS, unequal_lengths=True)
@@ -214,5 +241,6 @@ CHECKS: dict[str, tuple[str, MaskCheck]] = {
     "mask.empty_rows": ("a query that sees nothing gives zeros, and finite gradients", _check_empty_rows),
     "mask.isolation": ("new content in one packed sample changes no bit of another", _check_isolation),
     "mask.fresh": ("each call masks by its own boundaries, whatever the calls before it", _check_fresh),
+    "mask.switching": ("a call of one kind of mask leaves nothing behind for the next kind", _check_switching),
     "mask.fresh_padding": ("each call masks by its own padding, whatever the calls before it", _check_fresh_padding),
 }

@@ -11,11 +11,11 @@ import torch
 
 from llava_core.backend import CATALOGUE, Backend
 from llava_core.engine.hardware import HOST
-from llava_core.errors import ConfigError
+from llava_core.errors import BackendUnavailable, ConfigError
 from llava_core.plugins import Registry
 from llava_core.plugins.hookspecs import GROUP
 from llava_core.testing.conformance import hardware, kernels, ladder, masks, processes, refusal
-from llava_core.testing.conformance.check import Check, run_check
+from llava_core.testing.conformance.check import Check, CheckSkipped, run_check
 from llava_core.testing.conformance.result import Certificate, Result
 from llava_core.testing.conformance.subject import Subject
 
@@ -54,8 +54,15 @@ def select_checks(checks: Iterable[Check], op: str | None = None, case: str | No
 def certify(
     subject: Subject, checks: Sequence[Check], on_result: Callable[[Result], None] = lambda _: None
 ) -> Certificate:
-    """Run the checks one after the other; `on_result` hears of each as it ends."""
-    device = subject.hardware.device_name
+    """Run the checks one after the other; `on_result` hears of each as it ends.
+
+    Raises:
+        BackendUnavailable: the backend cannot run here.
+    """
+    try:
+        device = subject.hardware.device_name
+    except CheckSkipped as reason:
+        raise BackendUnavailable(str(reason)) from reason
     results = []
     for check in checks:
         results.append(run_check(check))

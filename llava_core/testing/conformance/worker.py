@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 HEAVY = ("torch", "transformers", "numpy")
@@ -46,7 +47,9 @@ def collectives(arguments: Mapping[str, Any]) -> dict[str, str]:
     backend, rank, size = resolve(arguments["backend"])(), arguments["rank"], arguments["size"]
     device = backend.open(rank, threads=1, deterministic=True)
     store = distributed.FileStore(arguments["store"], size)
-    distributed.init_process_group(backend.dist.process_group, store=store, rank=rank, world_size=size)
+    # The peer may start much later on a busy machine; one that died is not waited for longer.
+    wait = timedelta(seconds=120)
+    distributed.init_process_group(backend.dist.process_group, store=store, rank=rank, world_size=size, timeout=wait)
     wrong = {}
     try:
         for dtype in sorted(backend.dist.reduce_dtypes, key=str):

@@ -1,8 +1,8 @@
-"""Kernels and backends with one defect each, as they occur in hardware libraries."""
+"""Kernels with one defect each, as they occur in hardware libraries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_core.backend import DistSpec, KernelSpec, MaskSpec, PrecisionCaps, Probe
+from llava_core.backend import KernelSpec, MaskSpec
 from llava_core.backend import reference as ops
 from llava_core.backend.kernels import always
-from llava_cpu.backend import CpuBackend, CpuMemory, CpuRng
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 # ---- attention -----------------------------------------------------------------------------------------------------
 
@@ -153,6 +149,35 @@ def leaks_in_backward(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: fl
 # ---- the other ops -------------------------------------------------------------------------------------------------
 
 
+class ModeLeftBehind:
+    """Sets a causal mode, and does not set it back."""
+
+    causal = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float) -> Tensor:
+        self.causal = self.causal or (mask.window is not None)
+        return ops.attention(q, k, v, replace(mask, causal=mask.causal or self.causal), scale)
+
+
+mode_left_behind = ModeLeftBehind()
+
+
+class Halves(torch.autograd.Function):
+    """A right gradient, computed in the memory of the one it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x / 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.div_(2)
+
+
+def spoils_gradient(gate: Tensor, up: Tensor) -> Tensor:
+    return Halves.apply(2 * ops.swiglu(gate, up))
+
+
 def swapped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(up) * gate
 
@@ -254,8 +279,6 @@ def not_repeatable(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return ops.rms_norm(x, weight, eps) * (1 + torch.finfo(x.dtype).eps * torch.randint(0, 2, x.shape).to(x.dtype))
 
 
-# ---- backends ------------------------------------------------------------------------------------------------------
-
 cached_shape = cached_mask(cached_by_number_of_samples)
 cached_address = cached_mask(cached_by_address)
 cached_padding = cached_mask(cached_by_padding_shape)
@@ -265,117 +288,3 @@ def mutant_kernel(op: str, function: str, **changes: Any) -> KernelSpec:
     """A function of this module, offered as a kernel; a name of the references makes it the unmutated one."""
     module = __name__ if function in globals() else "llava_core.backend.reference"
     return replace(KernelSpec(op, "mutant", f"{module}:{function}", 50, always), **changes)
-
-
-class Mutant(CpuBackend):
-    """The cpu backend with other kernels."""
-
-    def __init__(self, *kernels: KernelSpec, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
-        super().__init__()
-        self._kernels = kernels
-        self._dtypes = frozenset(dtypes)
-
-    def kernels(self) -> Sequence[KernelSpec]:
-        return self._kernels
-
-    @property
-    def precision(self) -> PrecisionCaps:
-        return PrecisionCaps(self._dtypes, next(iter(self._dtypes)), "a test's choice")
-
-
-class ForgetfulRng(CpuRng):
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Does nothing."""
-
-
-class UnseededRng(CpuRng):
-    def seed(self, seed: int) -> None:
-        torch.seed()
-
-
-class GrowingMemory(CpuMemory):
-    def reset_peak(self) -> None:
-        """Does nothing."""
-
-
-class MutedMemory(CpuMemory):
-    def peak_bytes(self) -> int:
-        return 1 << 20
-
-
-class DefaultNotComputed(CpuBackend):
-    @property
-    def precision(self) -> PrecisionCaps:
-        return PrecisionCaps(frozenset({torch.float32}), torch.bfloat16, "wishful")
-
-
-class NoDecay(CpuBackend):
-    def build_optimizer(self, groups: Any, *, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([{**g, "weight_decay": 0.0} for g in groups], betas=betas, eps=eps)
-
-
-class Amnesiac(torch.optim.AdamW):
-    """Starts with fresh moments after a checkpoint."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.state.clear()
-
-
-class LosesMoments(CpuBackend):
-    def build_optimizer(self, groups: Any, *, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-        return Amnesiac(groups, betas=betas, eps=eps)
-
-
-class SavesRounded(torch.optim.AdamW):
-    """Hands out its moments in bf16."""
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        for state in self.state.values():
-            state["exp_avg"] = state["exp_avg"].bfloat16().float()
-            state["exp_avg_sq"] = state["exp_avg_sq"] * 1.01
-        return loss
-
-
-class DriftingOptimizer(CpuBackend):
-    def build_optimizer(self, groups: Any, *, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-        return SavesRounded(groups, betas=betas, eps=eps)
-
-
-class RngWithoutHost(CpuRng):
-    """Knows no state but its own."""
-
-    def state(self) -> Mapping[str, Tensor]:
-        return {"device": torch.get_rng_state()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        torch.set_rng_state(state["device"])
-
-
-class RaisingProbe(CpuBackend):
-    @classmethod
-    def probe(cls) -> Probe:
-        raise OSError("libvendor.so: cannot open shared object file")
-
-
-class SilentProbe(CpuBackend):
-    @classmethod
-    def probe(cls) -> Probe:
-        return replace(super().probe(), reason="")
-
-
-class SumsWhatItCannot(CpuBackend):
-    """States a dtype that its process group refuses."""
-
-    @property
-    def dist(self) -> DistSpec:
-        return DistSpec("gloo", frozenset({torch.float32, torch.float8_e4m3fn}))
-
-
-def with_part(**parts: Any) -> CpuBackend:
-    """The cpu backend with its `rng` or `memory` exchanged."""
-    backend = CpuBackend()
-    for name, part in parts.items():
-        setattr(backend, name, part)
-    return backend

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import llava_core
 from llava_core.backend import CATALOGUE, Probe
-from llava_core.errors import ConfigError
+from llava_core.errors import BackendUnavailable, ConfigError
 from llava_core.plugins import Registry
 from llava_core.testing.conformance import (
     BackendConformance,
@@ -226,6 +226,11 @@ def test_without_its_device_a_backend_is_skipped_with_the_probes_reason() -> Non
         "the backend cannot run here: no device here"
     }
     assert {r.name for r in results if r.status is Status.PASSED} == {"refusal.reasons"}
+
+
+def test_a_backend_without_its_device_gets_no_certificate() -> None:
+    with pytest.raises(BackendUnavailable, match="no device here"):
+        certify(Subject(Absent(), CpuBackend()), [])
 
 
 def test_a_class_is_tested_as_a_name_is() -> None:

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from llava_core.backend import CATALOGUE, Backend, KernelSpec, No
+from llava_core.backend.kernels import always
 from llava_core.plugins import Registry
 from llava_core.testing.conformance import Result, Status, Subject, all_checks
 from llava_core.testing.conformance.check import run_check
 from llava_core.testing.conformance.pytest_class import process_settings
 from llava_cpu.backend import CpuBackend
-from tests.unit.testing import mutants
-from tests.unit.testing.mutants import Mutant, mutant_kernel, with_part
+from tests.unit.testing import mutant_backends
+from tests.unit.testing.mutant_backends import Mutant, with_part
+from tests.unit.testing.mutants import mutant_kernel
 
 FP32, HALF = (torch.float32,), (torch.float16,)
 
@@ -57,9 +59,11 @@ KERNELS = [
     ("attention", "cached_shape", {"mask.fresh"}),
     ("attention", "cached_address", {"mask.fresh"}),
     ("attention", "cached_padding", {"mask.fresh_padding"}),
+    ("attention", "mode_left_behind", {"mask.switching"}),
     ("attention", "leaks_in_backward", {"mask.isolation", "kernel.accuracy"}),
     ("swiglu", "swapped_swiglu", {"kernel.accuracy", "refusal.honoured"}),
     ("swiglu", "assumes_contiguous", {"kernel.strided"}),
+    ("swiglu", "spoils_gradient", {"kernel.inputs_unchanged"}),
     ("swiglu", "wrong_without_gradients", {"kernel.inference"}),
     ("rotary", "half_a_rotary", {"kernel.accuracy", "kernel.inference"}),
     ("rotary", "swapped_rotary", {"kernel.accuracy"}),
@@ -85,6 +89,8 @@ EXACT = [
     ("attention", "scale_dropped", {"refusal.honoured"}, "attention/mutant/scale/float32"),
     ("attention", "cached_address", {"mask.fresh"}, "attention/mutant/float32"),
     ("swiglu", "assumes_contiguous", {"kernel.strided"}, "swiglu/mutant/rows/float32"),
+    ("swiglu", "spoils_gradient", {"kernel.inputs_unchanged"}, "swiglu/mutant/rows/float32"),
+    ("swiglu", "wrong_without_gradients", {"kernel.inference"}, "swiglu/mutant/rows/float32"),
     ("rotary", "rotary_in_place", {"kernel.inputs_unchanged"}, "rotary/mutant/grouped/float32"),
     ("rms_norm", "reads_past_the_end", {"kernel.bounds", "kernel.strided"}, "rms_norm/mutant/rows/float32"),
     ("rms_norm", "eps_ignored", {"refusal.honoured"}, "rms_norm/mutant/eps/float32"),
@@ -113,7 +119,7 @@ def test_a_loss_in_half_precision_is_caught_by_its_dtype() -> None:
     assert "kernel.accuracy" in {result.name for result in found}
 
 
-@pytest.mark.parametrize("dtype", mutants.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", mutant_backends.DTYPES, ids=str)
 @pytest.mark.parametrize("op", list(CATALOGUE))
 def test_what_has_no_defect_passes(op: str, dtype: torch.dtype) -> None:
     assert kernel_failures(mutant_kernel(op, op), (dtype,)) == []
@@ -127,7 +133,7 @@ def test_what_is_not_claimed_is_not_asked() -> None:
 def test_an_honest_refusal_is_a_skip_with_its_reason() -> None:
     def supports(request: Any) -> Any:
         windowed = any(m.window is not None for m in request.masks)
-        return No("no windows") if windowed else mutants.always(request)
+        return No("no windows") if windowed else always(request)
 
     kernel = replace(mutant_kernel("attention", "window_ignored"), supports=supports)
     assert kernel_failures(kernel, FP32) == []
@@ -136,7 +142,7 @@ def test_an_honest_refusal_is_a_skip_with_its_reason() -> None:
 VERDICTS = {
     "a No without a reason": lambda _: No(""),
     "neither Yes nor No": lambda _: True,
-    "raises": lambda request: mutants.always(request) if request.head_dim % 8 == 0 else 1 / 0,
+    "raises": lambda request: always(request) if request.head_dim % 8 == 0 else 1 / 0,
 }
 
 
@@ -158,20 +164,28 @@ def test_a_list_of_kernels_that_contradicts_itself_is_caught(kernels: list[Kerne
     assert failures(subject(Mutant(*kernels)), lambda name, _: name == "kernel.listed")
 
 
+def no_host_state() -> Backend:
+    return with_part(rng=mutant_backends.RngWithoutHost())
+
+
 BACKENDS = [
     # check, the defect, a backend with it
-    ("rng.round_trip", "state that does not return", lambda: with_part(rng=mutants.ForgetfulRng())),
-    ("rng.seed", "seed that is ignored", lambda: with_part(rng=mutants.UnseededRng())),
-    ("memory.statistics", "peak that never falls", lambda: with_part(memory=mutants.GrowingMemory())),
-    ("memory.statistics", "peak that never rises", lambda: with_part(memory=mutants.MutedMemory())),
-    ("device.precision", "default that is not computed", mutants.DefaultNotComputed),
-    ("optimizer.update", "weight decay left out", mutants.NoDecay),
+    ("rng.round_trip", "state that does not return", lambda: with_part(rng=mutant_backends.ForgetfulRng())),
+    ("rng.seed", "seed that is ignored", lambda: with_part(rng=mutant_backends.UnseededRng())),
+    ("memory.statistics", "peak that never falls", lambda: with_part(memory=mutant_backends.GrowingMemory())),
+    ("memory.statistics", "peak that never rises", lambda: with_part(memory=mutant_backends.MutedMemory())),
+    ("device.precision", "default that is not computed", mutant_backends.DefaultNotComputed),
+    ("optimizer.update", "weight decay left out", mutant_backends.NoDecay),
     ("ladder.activations[float32]", "a defect in one kernel", lambda: ladder_mutant("interleaved_rotary", "rotary")),
     ("ladder.first_step[float32]", "a wrong gradient", lambda: ladder_mutant("wrong_gradient", "rms_norm")),
-    ("ladder.training[float32]", "an optimizer that drifts", mutants.DriftingOptimizer),
-    ("ladder.checkpoint_to_backend", "moments that are lost", mutants.LosesMoments),
-    ("ladder.checkpoint_to_backend", "states of the host refused", lambda: with_part(rng=mutants.RngWithoutHost())),
-    ("ladder.checkpoint_to_host", "states no host reads", lambda: with_part(rng=mutants.RngWithoutHost())),
+    ("ladder.training[float32]", "an optimizer that drifts", mutant_backends.DriftingOptimizer),
+    ("ladder.checkpoint_to_backend", "moments that are lost", mutant_backends.LosesMoments),
+    (
+        "ladder.checkpoint_to_backend",
+        "states of the host refused",
+        no_host_state,
+    ),
+    ("ladder.checkpoint_to_host", "states no host reads", no_host_state),
 ]
 
 
@@ -187,7 +201,9 @@ def test_a_backends_defect_fails_its_check(check: str, defect: str, build: Calla
 
 
 def test_a_defect_that_only_training_shows_leaves_the_first_step_right() -> None:
-    found = failures(subject(mutants.DriftingOptimizer()), lambda n, t: n.startswith("ladder.") and t == "float32")
+    found = failures(
+        subject(mutant_backends.DriftingOptimizer()), lambda n, t: n.startswith("ladder.") and t == "float32"
+    )
     assert {result.name for result in found} == {"ladder.training"}
 
 
@@ -222,10 +238,10 @@ def test_a_kernel_that_waits_for_the_device_is_caught(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("check", "backend", "message"),
     [
-        ("plugin.probe", mutants.RaisingProbe, "libvendor.so"),
-        ("plugin.probe", mutants.SilentProbe, "no reason"),
-        ("collectives.alone", mutants.SumsWhatItCannot, ""),
-        ("collectives.pair", mutants.SumsWhatItCannot, ""),
+        ("plugin.probe", mutant_backends.RaisingProbe, "libvendor.so"),
+        ("plugin.probe", mutant_backends.SilentProbe, "no reason"),
+        ("collectives.alone", mutant_backends.SumsWhatItCannot, ""),
+        ("collectives.pair", mutant_backends.SumsWhatItCannot, ""),
     ],
     ids=["raises", "silent", "alone", "pair"],
 )
@@ -235,7 +251,9 @@ def test_a_defect_in_a_fresh_process_fails_its_check(check: str, backend: type[B
 
 
 def test_a_plugin_module_that_loads_torch_is_caught() -> None:
-    (failure,) = failures(subject(CpuBackend(), "tests.unit.testing.mutants"), lambda n, _: n == "plugin.import")
+    (failure,) = failures(
+        subject(CpuBackend(), "tests.unit.testing.mutant_backends"), lambda n, _: n == "plugin.import"
+    )
     assert "torch" in failure.message
 
 
