@@ -187,9 +187,9 @@ def _check_switching(subject: Subject, kernel: KernelSpec, dtype: torch.dtype) -
         try:
             served[kind] = serve(subject, kernel, dtype, [mask], keys=KEYS)
         except CheckSkipped as reason:
-            refused = reason
+            refused = str(reason)
     if len(served) < 2:
-        raise CheckSkipped(f"the kernel serves one kind of mask at most; {refused}")
+        raise CheckSkipped(f"it serves {', '.join(served)} masks alone; {refused}" if served else refused)
     for before, after in permutations(served, 2):
         served[before].weights(kinds[before][0], KEYS, KEYS)
         mask, expected = kinds[after]

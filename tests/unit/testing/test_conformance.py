@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from llava_core.testing.conformance import (
     certify,
     select_checks,
 )
-from llava_core.testing.conformance.check import Check, run_check
+from llava_core.testing.conformance.check import Check, CheckFailed, CheckSkipped, run_check
 from llava_core.testing.conformance.page import render_page
 from llava_core.testing.conformance.pytest_class import process_settings
 from llava_core.testing.conformance.summary import skips, summarise, verdict
@@ -251,3 +252,32 @@ def test_nothing_but_the_command_line_uses_the_kit() -> None:
         if "llava_core.testing.conformance" in path.read_text(encoding="utf-8")
     }
     assert users == {"cli", "testing"}
+
+
+def outcome(run: Callable[[], str]) -> BaseException | None:
+    """What the class's test ends with for a check that runs this."""
+    try:
+        BackendConformance().test_conforms(Check("mask.causal", "attention/mine/float32", "sees the past", run))
+    except (pytest.fail.Exception, pytest.skip.Exception) as ended:
+        return ended
+    return None
+
+
+def raises(error: Exception) -> Callable[[], str]:
+    def run() -> str:
+        raise error
+
+    return run
+
+
+def test_in_pytest_a_check_passes_fails_or_is_skipped() -> None:
+    assert outcome(lambda: "") is None
+    failed = outcome(raises(CheckFailed("query 0 sees key 1")))
+    assert isinstance(failed, pytest.fail.Exception)
+    assert "sees the past: query 0 sees key 1" in str(failed)
+    skipped = outcome(raises(CheckSkipped("refused: no masks")))
+    assert isinstance(skipped, pytest.skip.Exception)
+    assert "refused: no masks" in str(skipped)
+    crashed = outcome(raises(OSError("undefined symbol")))
+    assert isinstance(crashed, pytest.fail.Exception)
+    assert "OSError: undefined symbol" in str(crashed)
