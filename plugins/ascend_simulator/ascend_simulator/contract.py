@@ -17,6 +17,10 @@ STORING = frozenset(("_local_scalar_dense", "_to_copy", "clone", "copy_", "equal
 INSPECTING = frozenset(
     ("abs", "ceil", "div", "eq", "ge", "gt", "isfinite", "le", "lt", "masked_select", "max", "min", "ne")
 )
+# The first generation, whose list of products these ops' documentation does not name (npu_rotary_mul: with compiled
+# kernels only). A backward op goes by the name of its forward.
+OLD_CHIPS = ("Ascend910A", "Ascend910Pro", "Ascend910Premium")
+NOT_ON_OLD_CHIPS = ("npu_cross_entropy_loss", "npu_fusion_attention", "npu_rotary_mul", "npu_swiglu")
 
 
 class ContractError(RuntimeError):
@@ -37,6 +41,12 @@ def require_dtype(op: str, name: str, tensor: Tensor, allowed: Iterable[torch.dt
 
 
 HALF_AND_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_chip(op: str, soc_name: str) -> None:
+    """Raises if the op is not documented for the chip."""
+    missing = op.startswith(NOT_ON_OLD_CHIPS) and soc_name.startswith(OLD_CHIPS)
+    require(not missing, op, "documented for Atlas A2 (910B) and later", soc_name)
 
 
 def check_dtypes(op: str, values: Iterable[Any], soc_name: str) -> None:

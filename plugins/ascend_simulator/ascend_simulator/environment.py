@@ -25,6 +25,8 @@ SOCS: Mapping[str, str] = {
     "950": "Ascend950PR_9579",
 }
 MAX_DEVICES = 16
+# They say where a real CANN is, which torch_npu would then look into.
+REAL_CANN = ("ASCEND_HOME_PATH", "ASCEND_OPP_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_AICPU_PATH")
 GIB = 1 << 30
 
 HOOK_FOLDER = Path(__file__).parent / "hook"
@@ -81,7 +83,7 @@ def child_environment(
         # `python` and `torchrun` are those of the environment that has torch_npu, activated or not.
         "PATH": _prepend(str(Path(sys.executable).parent), inherited.get("PATH")),
     }
-    return {**inherited, **own}
+    return {name: value for name, value in inherited.items() if name not in REAL_CANN} | own
 
 
 def _prepend(first: str, rest: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ascend_simulator.aliasing import device_of, on_device, on_host
-from ascend_simulator.contract import check_dtypes
+from ascend_simulator.contract import check_chip, check_dtypes
 from ascend_simulator.random_state import device_random_state
 
 Op = Any  # torch._ops.OpOverload, which has no public type
@@ -30,6 +30,7 @@ def build_kernel(op: Op, function: Callable[..., Any], soc_name: str) -> Callabl
         given = dict(zip(names, args, strict=False)) | kwargs
         # Collectives are launched from torch_npu's task queue; what they write must be there before it is read.
         torch.npu.synchronize()  # type: ignore[attr-defined]
+        check_chip(base, soc_name)
         check_dtypes(base, given.values(), soc_name)
         device = device_of(given.values())
         with _random_state(given.values(), device) if is_random else nullcontext():

@@ -28,4 +28,6 @@ acl_status simulator_fail(acl_status status, const char *format, ...) __attribut
 // The calling thread's device, or -1 before it has chosen one.
 int simulator_current_device(void);
 
+const char *aclrtGetSocName(void);
+
 #endif

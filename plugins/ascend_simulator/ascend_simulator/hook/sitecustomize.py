@@ -6,6 +6,7 @@ that never import it do not notice.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -30,7 +31,9 @@ class KernelInstaller(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_install(module: ModuleType) -> None:
-            execute(module)
+            # torch_npu prints to stdout that it finds no CANN; where there is one, programs' output is all theirs.
+            with contextlib.redirect_stdout(sys.stderr):
+                execute(module)
             from ascend_simulator.install import install
 
             install()

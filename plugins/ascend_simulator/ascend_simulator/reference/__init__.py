@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ascend_simulator.reference.attention import fusion_attention, fusion_attention_grad
+from ascend_simulator.reference.formats import format_cast
 from ascend_simulator.reference.loss import cross_entropy_loss, cross_entropy_loss_backward
 from ascend_simulator.reference.norm import add_rms_norm, rms_norm, rms_norm_backward
 from ascend_simulator.reference.optimizer import apply_adam_w
@@ -22,6 +23,8 @@ REFERENCES: Mapping[str, Callable[..., Any]] = {
     "npu_apply_adam_w.out": apply_adam_w,
     "npu_cross_entropy_loss": cross_entropy_loss,
     "npu_cross_entropy_loss_backward": cross_entropy_loss_backward,
+    "npu_format_cast": format_cast,
+    "npu_format_cast.Tensor": format_cast,
     "npu_fusion_attention": fusion_attention,
     "npu_fusion_attention_grad": fusion_attention_grad,
     "npu_rms_norm": rms_norm,

@@ -60,7 +60,7 @@ def fusion_attention(
     maximum = query.new_empty(_statistics_shape(query, layout), dtype=torch.float32)
     total = torch.empty_like(maximum)
     for q, out, k, v, block_max, block_sum in _with_statistics(layout, query, output, key, value, maximum, total):
-        masked = masking.masked_pairs(*q.shape[:3], k.shape[2])
+        masked = masking.masked_pairs(q, k)
         weights, row_max, row_sum = _softmax(q, k, masked, scale)
         out.copy_(weights.to(q.dtype) @ _repeat_heads(v, q.shape[1]))
         if masked is not None:
@@ -100,7 +100,7 @@ def fusion_attention_grad(
     masking.check()
     grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for q, dout, dq, k, v, dk, dv in layout.blocks([query, dy, grads[0]], [key, value, *grads[1:]]):
-        masked = masking.masked_pairs(*q.shape[:3], k.shape[2])
+        masked = masking.masked_pairs(q, k)
         weights, _, _ = _softmax(q, k, masked, scale_value)
         if masked is not None:
             weights = weights.masked_fill(masked, 0.0)

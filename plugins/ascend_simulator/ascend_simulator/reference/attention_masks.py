@@ -61,10 +61,11 @@ class Masking:
         right = torch.equal(self.mask.bool().view(size, size), _compressed_mask())
         require(right, OP, "the compressed mask is triu(1): True above the diagonal, which is masked", "other values")
 
-    def masked_pairs(self, batch: int, heads: int, num_queries: int, num_keys: int) -> Tensor | None:
-        """Bool, broadcastable to [batch, heads, num_queries, num_keys]; None where nothing is masked."""
+    def masked_pairs(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """For q [B, N, Sq, D] and k [B, G, Sk, D]: bool, broadcastable to [B, N, Sq, Sk]; None: nothing is masked."""
         if self.mask is None:
             return None
+        (batch, heads, num_queries), num_keys = q.shape[:3], k.shape[2]
         if self.sparse_mode in COMPRESSED:
             masked = self._from_mode(num_queries, num_keys)
         else:

@@ -99,21 +99,3 @@ acl_status aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer) 
     *can = device != peer;
     return ACL_OK;
 }
-
-// System options such as determinism are only kept, so that reading one back gives what was set.
-enum { NUM_OPTIONS = 16 };
-static int64_t options[NUM_OPTIONS];
-
-acl_status aclrtSetSysParamOpt(int option, int64_t value) {
-    if (option < 0 || option >= NUM_OPTIONS) return ACL_INVALID_PARAMETER;
-    options[option] = value;
-    return ACL_OK;
-}
-
-acl_status aclrtCtxSetSysParamOpt(int option, int64_t value) { return aclrtSetSysParamOpt(option, value); }
-
-acl_status aclrtGetSysParamOpt(int option, int64_t *value) {
-    if (option < 0 || option >= NUM_OPTIONS) return ACL_INVALID_PARAMETER;
-    *value = options[option];
-    return ACL_OK;
-}

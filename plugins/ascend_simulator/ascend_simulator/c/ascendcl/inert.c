@@ -32,7 +32,6 @@ INERT(aclrtSetStreamFailureMode)
 INERT(aclrtSetStreamOverflowSwitch)
 INERT(aclrtSetOpExecuteTimeOut)
 INERT(aclrtSetOpWaitTimeout)
-INERT(aclSetCompileopt)
 INERT(rtGetC2cCtrlAddr)
 
 // Descriptions of operators and tensors: only aclopCompileAndExecute would read them, and it refuses.

@@ -53,17 +53,6 @@ acl_status aclopCompileAndExecuteV2(const char *name) { return refuse(name); }
 
 acl_status rtKernelLaunch(void) { return refuse("(a compiled kernel)"); }
 
-acl_status aclGetCompileopt(int option, char *value, size_t size) {
-    (void)option;
-    if (size) value[0] = '\0';
-    return ACL_OK;
-}
-
-size_t aclGetCompileoptSize(int option) {
-    (void)option;
-    return 256;
-}
-
 // "No package of that name": torch_npu then asks nothing that depends on CANN's version.
 acl_status aclsysGetCANNVersion(int package, void *version) {
     (void)package, (void)version;
