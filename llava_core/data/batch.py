@@ -46,12 +46,12 @@ class Example:
 class Counts:
     """What a batch holds, known on the host before the step."""
 
-    text_tokens: int
-    image_tokens: int
-    label_tokens: int
-    pad_tokens: int
-    samples: int
-    images: int
+    text_tokens: int = 0
+    image_tokens: int = 0
+    label_tokens: int = 0
+    pad_tokens: int = 0
+    samples: int = 0
+    images: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

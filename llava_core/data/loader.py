@@ -84,10 +84,14 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step trains on."""
+    """What one optimizer step trains on: nothing, where every one of its rows was set aside."""
 
     batches: tuple[Batch, ...]
-    counts: Counts
+
+    @property
+    def counts(self) -> Counts:
+        """Of all its micro-batches."""
+        return sum((batch.counts for batch in self.batches), Counts())
 
 
 @dataclass(frozen=True)
@@ -157,14 +161,15 @@ class StepLoader:
         """Steps from the current position on.
 
         Raises:
-            TrainingError: too many rows are unusable, or every row of an epoch is.
+            TrainingError: too many rows are unusable.
+            DataError: every row of an epoch is.
         """
         while True:
-            any_step = self.position > 0
+            any_usable = self.position > 0
             for step in self._epoch():
-                any_step = True
+                any_usable |= bool(step.batches)
                 yield step
-            if not any_step:
+            if not any_usable:
                 raise DataError(f"no row of the data set can be used; the reasons are in {self.quarantine.path}.")
             self.epoch, self.position = self.epoch + 1, 0
 
@@ -183,10 +188,11 @@ class StepLoader:
         Raises:
             DataError: the data set is another one.
         """
-        if state["data"] != self.builder.reader.fingerprint:
+        then, now = dict(state["data"]), dict(self.builder.reader.fingerprint)
+        if (then | {"path": ""}) != (now | {"path": ""}):  # a data set may be moved, not changed
             raise DataError(
-                f"the checkpoint was made on {state['data']}, this data set is {self.builder.reader.fingerprint}: the "
-                "order of samples cannot be continued. Restore the data, or start afresh with another output folder."
+                f"the checkpoint was made on {then}, this data set is {now}: the order of samples cannot be continued. "
+                "Restore the file (images may be mended in place), or start afresh with another output folder."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self.quarantine.load_state_dict(state["quarantine"])
@@ -198,9 +204,7 @@ class StepLoader:
             taken = list(islice(results, min(self.batching.global_size, len(rows) - start)))
             examples = self._keep_usable(taken)
             self.position += len(taken)
-            if examples:
-                batches = self.batching.split(examples)
-                yield Step(batches, sum((b.counts for b in batches[1:]), batches[0].counts))
+            yield Step(self.batching.split(examples) if examples else ())
 
     def _keep_usable(self, results: Sequence[Example | Rejected]) -> list[Example]:
         examples = [result for result in results if isinstance(result, Example)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_core.errors import ConfigError, TrainingError
+from llava_core.errors import ConfigError, DataError, TrainingError
 
 # Fewer bad rows than this do not stop a run, however few were good: one row says nothing about a data set. A
 # `max_fraction` of 0 asks for no bad row at all, and stops at the first.
@@ -69,7 +69,7 @@ class Quarantine:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         raise TrainingError(
             f"{bad} of {met} rows ({bad / met:.1%}) cannot be used, the limit is {self.max_fraction:.1%}: {reasons}. "
-            f"They are listed in {self.path}; mend the data or raise the limit"
+            f"They are listed in {self.path}; mend the images in place, or raise data.max_bad_fraction, and go on"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,5 +92,8 @@ def _read_listed(path: Path) -> set[tuple[int, str]]:
     if len(whole) < len(content):
         with path.open("rb+") as file:
             file.truncate(len(whole))
-    rows = (json.loads(line) for line in whole.splitlines())
-    return {(row["index"], row["id"]) for row in rows}
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        return {(row["index"], row["id"]) for row in rows}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} holds a line that is no quarantined row ({error!r}): mend or remove it.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Hardware:
     backend: Backend
     device: torch.device
 
-    @property
+    @cached_property
     def device_name(self) -> str:
         """The device as a person would call it."""
         devices = type(self.backend).probe().devices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -28,8 +29,14 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Notes the first SIGINT or SIGTERM instead of dying of it; a second one changes nothing: the save is under way."""
+    """Notes the first SIGINT or SIGTERM instead of dying of it; a second one changes nothing: the save is under way.
+
+    Only the main thread may handle signals; in another one a run is ended by whoever started the thread.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
 
     def note(number: int, _: FrameType | None) -> None:
         request.signal = request.signal or signal.Signals(number)

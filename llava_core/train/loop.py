@@ -14,7 +14,7 @@ from rich.console import Console
 from llava_core.config import RunConfig, to_yaml
 from llava_core.data.loader import Step, naming_killed_workers
 from llava_core.engine.torch_engine import StepResult
-from llava_core.errors import ConfigError
+from llava_core.errors import ConfigError, LlavaError
 from llava_core.plugins import Registry
 from llava_core.train import report, resume
 from llava_core.train.flops import step_flops
@@ -57,30 +57,50 @@ def train_model(
     (report.print_summary if brief else report.print_plan)(run, console)
     done, notes = resume.resume(run)
     for note in notes:
-        console.print(note)
-    if done == 0 and (config.output / EXPORT_FOLDER).exists():
-        raise ConfigError(
-            f"{config.output} holds a finished run and no checkpoint to go on from: its model is in "
-            f"{config.output / EXPORT_FOLDER}. Name another output, or remove the folder to train afresh."
-        )
+        console.print(note, markup=False)
+    export = config.output / EXPORT_FOLDER
+    if export.exists() and done in (0, run.schedule.total_steps):
+        return finished_before(run, done, export, console)
     config.output.mkdir(parents=True, exist_ok=True)
     (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     with stop_on_signals() as stop, naming_killed_workers():
         done = run_steps(run, done, stop, registry, console)
         plot_loss(config.output)
         if stop:
-            console.print(f"interrupted after step {done}; the state is saved. The same command goes on from there.")
+            saved = "the state is saved. The same command goes on from there." if done else "nothing was saved."
+            console.print(f"interrupted after step {done}; {saved}")
             return RunResult(done, None, stop.exit_code)
         # A signal that comes now finds the training done: what is left is finished, so that nothing is lost.
-        export = export_run(run)
-        console.print(f"exported to {export}")
+        try:
+            export_run(run, export)
+        except (OSError, LlavaError):
+            if config.checkpoint.every_steps is None:
+                resume.save(run, done)  # what was learnt must not be lost with the export
+            raise
+        console.print(f"exported to {export}", markup=False)
         return RunResult(done, export, 0)
 
 
+def finished_before(run: Run, done: int, export: Path, console: Console) -> RunResult:
+    """The result of a run whose export is there already.
+
+    Raises:
+        ConfigError: it kept no checkpoint, so that its settings cannot be told to be the same.
+    """
+    if done == run.schedule.total_steps:
+        console.print(f"the run is finished; its model is in {export}", markup=False)
+        return RunResult(done, export, 0)
+    raise ConfigError(
+        f"{run.config.output} holds a finished run and no checkpoint: its model is in {export}. Name another output, "
+        "or remove the folder to train afresh."
+    )
+
+
 def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, console: Console) -> int:
-    """Steps `done` to the end, or to the stop request; then the last step is saved. Returns the steps done."""
+    """Steps `done` to the end, or to the stop request. Returns the steps done, the last of which is saved: always
+    where a signal stopped the run, at its end where it keeps checkpoints at all."""
     total, config = run.schedule.total_steps, run.config
-    saved = done
+    saved, shown = done, done > 0
     timed_steps = _timed(iter(run.loader))
     with ExitStack() as stack:
         log = stack.enter_context(closing(MetricsLog(config.output, done)))
@@ -89,10 +109,13 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
         while done < total and not stop:
             start = time.perf_counter()
             step, data_seconds = next(timed_steps)
-            if done == 0:
-                report.print_first_sample(run, step, console)
-            result = run.engine.step(step.batches, run.schedule.scale(done))
             done += 1
+            if not step.batches:
+                continue  # every row of the step was set aside
+            if not shown:
+                shown = True
+                report.print_first_sample(run, step, console)
+            result = run.engine.step(step.batches, run.schedule.scale(done - 1))
             if done % config.log.every_steps == 0 or done == total:
                 metrics = measure(run, step, result, done, data_seconds, time.perf_counter() - start)
                 log.log(metrics)
@@ -102,7 +125,7 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
                 resume.save(run, done)
                 saved = done
         # After the loop, not in it: a signal may come between any look at `stop` and the next.
-        if stop and saved < done:
+        if saved < done and (stop or config.checkpoint.every_steps is not None):
             resume.save(run, done)
     return done
 
@@ -137,14 +160,14 @@ def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: f
     )
 
 
-def export_run(run: Run) -> Path:
+def export_run(run: Run, folder: Path) -> None:
     """The trained model as a Hugging Face folder."""
-    return export_model(
+    export_model(
         run.engine.model,
         run.tokenizer,
         run.processor,
         run.template,
-        run.config.output / EXPORT_FOLDER,
+        folder,
         dtype=run.engine.model.compute_dtype,
     )
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from llava_core.errors import DataError
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -88,9 +90,16 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl`; none where there is no file. A line cut short by a crash is left out."""
+    """The rows of a run's `metrics.jsonl`; none where there is no file. A line cut short by a crash is left out.
+
+    Raises:
+        DataError: a whole line that is not JSON.
+    """
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise DataError(f"{path} holds a line that is not JSON ({error}): mend or remove the file.") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +28,19 @@ from llava_core.inference.chat_template import folder_template
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
+from llava_core.train.checks import (
+    check_backend,
+    check_data_settings,
+    check_paths,
+    check_trackers,
+    check_trainable,
+    check_vocabulary,
+)
 from llava_core.train.schedule import Schedule, warmup_steps
-from llava_core.weights.chat_templates import chat_template
-from llava_core.weights.export import refuse_foreign
+from llava_core.weights.export import exported_tokenizer, refuse_foreign
 from llava_core.weights.load import load_model
 from llava_core.weights.source import ModelSource, compose, from_folder
 from llava_core.weights.tokenizer import load_tokenizer, pad_token_id
-from llava_core.weights.vocabulary import written_bos
 
 EXPORT_FOLDER = "hf"
 """Where in the output folder the trained model is exported to."""
@@ -68,7 +73,7 @@ def prepare(config: RunConfig, registry: Registry) -> Run:
     """
     check_paths(config)
     refuse_foreign(config.output / EXPORT_FOLDER)
-    trackers_exist(config, registry)
+    check_trackers(config, registry)
     hardware = open_hardware(
         config.backend.name,
         registry,
@@ -76,18 +81,17 @@ def prepare(config: RunConfig, registry: Registry) -> Run:
         deterministic=config.train.deterministic,
     )
     dtype = compute_dtype(config.train.precision, hardware.backend)
-    problems = hardware.backend.check_config(config)
-    if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems)
-        raise ConfigError(f"backend {hardware.backend.name!r} cannot honour the config:{listed}")
+    check_backend(config, hardware)
     seed_everything(config.train.seed, hardware)
     source = open_source(config.model)
     trainable = check_trainable(config, source.spec)
+    check_data_settings(config, source.spec)
     use = Use(dtype, trainable, config.data.max_length, config.train.deterministic)
     ops, selections = build_ops(source.spec, hardware.backend, use, config.backend.kernels)
     if config.train.compile:
         ops = outside_compiled_graphs(ops)
     tokenizer = load_tokenizer(source.tokenizer_folder)
+    check_vocabulary(tokenizer, source.spec)
     template = find_template(config.data.template, registry, tokenizer, source)
     processor = find_processor(config.data, source)
     loader = build_loader(config, registry, source.spec, tokenizer, template, processor)
@@ -103,32 +107,6 @@ def prepare(config: RunConfig, registry: Registry) -> Run:
     engine = TorchEngine(model, hardware, optimizer_settings(config, trainable), config.train.loss)
     schedule = build_schedule(config, loader.steps_per_epoch)
     return Run(config, hardware, source, selections, tokenizer, template, processor, loader, engine, schedule)
-
-
-def check_paths(config: RunConfig) -> None:
-    """Every path that the config names exists.
-
-    Raises:
-        ConfigError: listing each that does not.
-    """
-    named = {
-        **{f"model.{key}": getattr(config.model, key) for key in ("path", "vision", "language", "projector")},
-        "data.path": config.data.path,
-        "data.images": config.data.images,
-    }
-    missing = [
-        f"\n  {key} = {path}: no such file or folder" for key, path in named.items() if path and not path.exists()
-    ]
-    if missing:
-        raise ConfigError("the config names what is not there:" + "".join(missing))
-    if config.output.exists() and not config.output.is_dir():
-        raise ConfigError(f"output = {config.output}: this is a file; name a folder.")
-
-
-def trackers_exist(config: RunConfig, registry: Registry) -> None:
-    """Each tracker that the config names is registered. Raises PluginError."""
-    for name in config.log.trackers:
-        registry.load("tracker", name)
 
 
 def open_source(config: ModelConfig) -> ModelSource:
@@ -147,28 +125,6 @@ def open_source(config: ModelConfig) -> ModelSource:
     )
 
 
-def check_trainable(config: RunConfig, spec: ModelSpec) -> frozenset[str]:
-    """The parts that learn, all of which the model has.
-
-    Raises:
-        ConfigError: a part that the model lacks, or a learning rate for one that does not learn.
-    """
-    trainable = frozenset(config.train.trainable)
-    absent = sorted(trainable & {"vision", "projector"}) if spec.vision is None else []
-    if spec.projector == "identity" and "projector" in trainable:
-        absent.append("projector")
-    if absent:
-        raise ConfigError(f"train.trainable names {absent}, which this model does not have.")
-    rates = config.optimizer.part_learning_rates.model_dump(exclude_none=True)
-    idle = sorted(set(rates) - trainable)
-    if idle:
-        raise ConfigError(
-            f"optimizer.part_learning_rates is set for {idle}, frozen by train.trainable = {sorted(trainable)}: "
-            "train them, or leave the rate out."
-        )
-    return trainable
-
-
 def find_template(name: str, registry: Registry, tokenizer: Any, source: ModelSource) -> Template:
     """The conversation template of that name, or the tokenizer's own; one that an export can carry.
 
@@ -180,7 +136,7 @@ def find_template(name: str, registry: Registry, tokenizer: Any, source: ModelSo
         template = folder_template(source.tokenizer_folder, tokenizer, multimodal=multimodal)
     else:
         template = registry.load("template", name)
-    chat_template(template, multimodal=multimodal, bos=written_bos(tokenizer))
+    exported_tokenizer(tokenizer, template, multimodal=multimodal)
     return template
 
 
@@ -217,7 +173,7 @@ def build_loader(
     if processor is not None and spec.vision is not None and data.images is not None:
         store = ImageStore(data.images, data.max_image_pixels)
         images = ImageSide(store, processor, spec.vision.visual_tokens)
-    pad_id = pad_token_id(tokenizer)
+    pad_id = pad_token_id(tokenizer, spec.text.vocab_size)
     builder = ExampleBuilder(reader, template, tokenizer, images, pad_id, data.max_length)
     batching = Batching(
         global_size=config.batch.global_size,
@@ -289,9 +245,9 @@ def apply_memory_and_speed(model: Llava, *, recompute: bool, compiled: bool) -> 
 
 
 def _open_reader(config: DataConfig, registry: Registry) -> Reader:
-    name = config.reader or SUFFIX_READERS.get(Path(config.path).suffix.lower())
-    factories = {name: registry.load("reader", name)} if name is not None else {}
-    return open_reader(config.path, name, factories)
+    name = config.reader or SUFFIX_READERS.get(config.path.suffix.lower())
+    names = [name] if name is not None else registry.names("reader")  # without a name its message lists them
+    return open_reader(config.path, name, {name: registry.load("reader", name) for name in names})
 
 
 def _modality_lengths(reader: Reader) -> list[int]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from llava_core.backend import Selection
 from llava_core.data.loader import Step
@@ -24,10 +26,12 @@ def print_plan(run: Run, console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("backend", f"{hardware.backend.name}, {hardware.device_name}")
     table.add_row("precision", str(model.compute_dtype).removeprefix("torch."))
+    table.add_row("host threads", str(torch.get_num_threads()))
     for part, prefix in PARTS.items():
         sizes = [p.numel() for name, p in model.named_parameters() if name.startswith(prefix)]
         if sizes:
             learns = "trained" if part in run.config.train.trainable else "frozen"
+            learns += ", fresh" if part == "projector" and run.source.fresh_projector else ""
             table.add_row(part, f"{sum(sizes):,} parameters, {learns}")
     table.add_row("data", f"{len(run.loader.builder.reader):,} rows, template {run.template.name}")
     table.add_row("tokenizer", describe(run.tokenizer))
@@ -54,7 +58,9 @@ def kernel_table(selections: Mapping[str, Selection]) -> Table:
     for column in ("place", "kernel", "not chosen, and why"):
         table.add_column(column, overflow="fold")
     for site, selection in selections.items():
-        table.add_row(site, selection.kernel.name, "\n".join(f"{name}: {why}" for name, why in selection.rejected))
+        table.add_row(
+            site, selection.kernel.name, Text("\n".join(f"{name}: {why}" for name, why in selection.rejected))
+        )
     return table
 
 
@@ -69,7 +75,7 @@ def print_first_sample(run: Run, step: Step, console: Console) -> None:
     visual = run.source.spec.vision.visual_tokens if run.source.spec.vision else 1
     starts = [int(slot) for slot in batch.image_index[::visual] if slot < end]
     text = render_supervised(run.tokenizer, tokens, supervised, starts, visual)
-    console.print(Panel(text, title=f"first sample, {batch.ids[0]}; ⟦supervised⟧", title_align="left"))
+    console.print(Panel(text, title=Text(f"first sample, {batch.ids[0]}; ⟦supervised⟧"), title_align="left"))
     counts = step.counts
     console.print(
         f"first step: {counts.samples} samples in {len(step.batches)} micro-batches, {counts.text_tokens} text, "
@@ -81,7 +87,7 @@ def print_first_sample(run: Run, step: Step, console: Console) -> None:
 def progress_bar(console: Console, total: int, done: int, title: str) -> Iterator[ProgressBar]:
     """A live bar; where the output is not a terminal, a line now and then instead."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -108,4 +114,4 @@ class ProgressBar:
         self._progress.update(self._task, completed=metrics.step, shown=shown)
         line_due = metrics.step % max(1, self._total // self.LINES) == 0 or metrics.step == self._total
         if not self._console.is_terminal and line_due:
-            self._console.print(f"{self._title}: step {metrics.step}/{self._total}  {shown}")
+            self._console.print(f"{self._title}: step {metrics.step}/{self._total}  {shown}", markup=False)

@@ -13,10 +13,25 @@ from llava_core.errors import CheckpointError
 from llava_core.train.checkpoint import load_newest, save_state
 from llava_core.train.prepare import Run
 
-FREE_TO_CHANGE = ("output", "checkpoint.", "log.", "backend.", "data.num_workers")
-"""Settings that do not change the numbers of a run."""
+FREE_TO_CHANGE = (
+    "output",
+    "checkpoint.",
+    "log.",
+    "backend.",
+    "data.num_workers",
+    "data.max_bad_fraction",
+    # Where the files lie; what they hold is compared by itself.
+    "data.path",
+    "data.images",
+    "model.path",
+    "model.vision",
+    "model.language",
+    "model.projector",
+)
+"""Settings that do not change the numbers of a run; those that end in a dot stand for a section."""
 
 HEAD_BYTES = 1 << 20
+SAMPLE_BYTES, NUM_SAMPLES = 1 << 16, 32
 
 
 def checkpoint_folder(run: Run) -> Path:
@@ -92,7 +107,7 @@ def _check_same_run(state: Mapping[str, Any], run: Run, folder: Path) -> None:
 
 def _settings(run: Run) -> dict[str, Any]:
     flat = _flatten(run.config.model_dump(mode="json"))
-    settings = {key: value for key, value in flat.items() if not key.startswith(FREE_TO_CHANGE)}
+    settings = {key: value for key, value in flat.items() if not _is_free(key)}
     return settings | {"train.precision": str(run.engine.model.compute_dtype)}
 
 
@@ -103,14 +118,24 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _is_free(key: str) -> bool:
+    return any(key.startswith(free) if free.endswith(".") else key == free for free in FREE_TO_CHANGE)
+
+
 def _weights_fingerprint(run: Run) -> list[Any]:
-    """Name, size and a hash of the head of every weights file: names, shapes and dtypes, not every byte."""
-    return [[file.name, file.stat().st_size, _head_hash(file)] for file in run.source.files]
+    """Name, size and a hash of every weights file."""
+    return [[file.name, file.stat().st_size, _sampled_hash(file)] for file in run.source.files]
 
 
-def _head_hash(path: Path) -> str:
+def _sampled_hash(path: Path) -> str:
+    """Of the head, which holds names and shapes, and of samples throughout: other weights differ everywhere."""
+    size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
+        digest.update(file.read(HEAD_BYTES))
+        for index in range(1, NUM_SAMPLES + 1):
+            file.seek(max(0, size * index // NUM_SAMPLES - SAMPLE_BYTES))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _backend(run: Run) -> str:

@@ -70,13 +70,7 @@ def export_model(
     multimodal = model.spec.vision is not None
     if multimodal != (image_processor is not None):
         raise WeightsError("a model with a vision tower is exported with its image processor, and only such a model.")
-    exported = frozen_tokenizer(
-        tokenizer,
-        chat_template(template, multimodal=multimodal, bos=written_bos(tokenizer)),
-        multimodal=multimodal,
-        # Without a vision tower the text goes through the tokenizer's own chat method, which adds no BOS in any case.
-        adds_bos=template.adds_bos or not multimodal,
-    )
+    exported = exported_tokenizer(tokenizer, template, multimodal=multimodal)
     spec = _exported_spec(model.spec, exported)
     partial = _beside(folder, ".partial")
     _remove(partial)
@@ -91,6 +85,23 @@ def export_model(
         shutil.rmtree(partial, ignore_errors=True)  # frees a full disk; the next export sweeps what resists
         raise
     return folder
+
+
+def exported_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, template: Template, *, multimodal: bool
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of an export, with the chat template that writes `template`'s text.
+
+    Raises:
+        ConfigError: a tokenizer or template that cannot be exported exactly.
+    """
+    return frozen_tokenizer(
+        tokenizer,
+        chat_template(template, multimodal=multimodal, bos=written_bos(tokenizer)),
+        multimodal=multimodal,
+        # Without a vision tower the text goes through the tokenizer's own chat method, which adds no BOS in any case.
+        adds_bos=template.adds_bos or not multimodal,
+    )
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -39,16 +39,20 @@ def load_model(
         model = Llava(source.spec, ops, compute_dtype)
     train_only(model, trainable)
     tensors = dict(source.tensors)
-    if not any(name.startswith(PARTS["projector"]) for name in tensors) and source.spec.vision is not None:
+    if source.fresh_projector:
         tensors |= _fresh_projector(source, projector_seed)
     _check(model, tensors)
+    misshapen = []
     for name, parameter in list(model.named_parameters()):
         # A trained weight is written to, so it must not be the mapped file's own memory.
         dtype, copy = (torch.float32, True) if parameter.requires_grad else (compute_dtype, False)
         tensor = tensors[name]()
         if tensor.shape != parameter.shape:
-            raise WeightsError(f"{name}: the file has {tuple(tensor.shape)}, the config {tuple(parameter.shape)}.")
+            misshapen.append(f"\n  {name}: the file has {tuple(tensor.shape)}, the config {tuple(parameter.shape)}")
+            continue
         _assign(model, name, nn.Parameter(tensor.to(device, dtype, copy=copy), parameter.requires_grad))
+    if misshapen:
+        raise WeightsError("the weights do not fit the model of the config:" + "".join(misshapen))
     return model
 
 

@@ -27,6 +27,7 @@ class ModelSource:
         tokenizer_folder: the folder with its tokenizer.
         processor_folder: the folder with its image processor; None for a language model.
         files: every weights file, for fingerprints.
+        fresh_projector: the projector has no weights yet and is to be initialised.
     """
 
     spec: ModelSpec
@@ -34,6 +35,7 @@ class ModelSource:
     tokenizer_folder: Path
     processor_folder: Path | None
     files: tuple[Path, ...]
+    fresh_projector: bool = False
 
 
 def from_folder(folder: Path) -> ModelSource:
@@ -63,7 +65,7 @@ def compose(
         tensors |= _tensors(projector, names.PROJECTOR)
         paths.append(projector)
     files = tuple(file for path in paths for file in weight_files(path))
-    return ModelSource(spec, tensors, language, vision, files)
+    return ModelSource(spec, tensors, language, vision, files, fresh_projector=projector is None)
 
 
 def _tensors(path: Path, naming: Naming, *, tied: bool = False) -> dict[str, Callable[[], Tensor]]:

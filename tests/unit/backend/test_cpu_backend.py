@@ -29,8 +29,16 @@ def test_open_sets_the_threads_it_is_told() -> None:
 @pytest.mark.parametrize(("load", "left"), [(0.0, 8), (2.9, 5), (7.8, 1), (40.0, 1)])
 def test_threads_are_chosen_from_the_load(load: float, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_cores", lambda: 8)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(module.os, "getloadavg", lambda: (load, 0.0, 0.0))
     assert idle_cores() == left
+
+
+def test_a_share_of_a_machine_is_used_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_cores", lambda: 4)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (60.0, 0.0, 0.0))
+    assert idle_cores() == 4
 
 
 def test_cores_are_those_the_process_may_use() -> None:

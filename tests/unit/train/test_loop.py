@@ -106,7 +106,7 @@ def test_a_tracker_that_does_not_exist_is_refused_first(parts: TinyParts, tmp_pa
 
 def test_an_output_that_is_a_file_is_refused(parts: TinyParts, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(ConfigError, match="this is a file"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         tiny_run(parts, tmp_path / "run")
 
 

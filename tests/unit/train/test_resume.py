@@ -97,15 +97,16 @@ def test_the_number_of_workers_may_change(workers: tuple[int, int], parts: TinyP
 def test_where_it_started_the_second_time_is_said(parts: TinyParts, tmp_path: Path) -> None:
     whole = finish(parts, tmp_path / "whole", *overrides("packed"), "checkpoint.every_steps=3")
     done, notes = resume.resume(tiny_run(parts, whole.output, *overrides("packed")))
-    assert done == 6
-    assert "resumed after step 6" in notes[0]
+    assert done == 7  # the last step is saved, too
+    assert "resumed after step 7" in notes[0]
 
 
 @pytest.fixture(scope="module")
 def stopped(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints after steps 2 and 4; never written to."""
     output = tmp_path_factory.mktemp("stopped") / "run"
-    finish(parts, output, "train.max_steps=5", "checkpoint.every_steps=2")
+    finish(parts, output, "train.max_steps=5", "checkpoint.every_steps=2", "checkpoint.keep=null")
+    shutil.rmtree(output / "checkpoints" / "step-00000005")  # the end, which a stopped run has not reached
     return output
 
 

@@ -1,0 +1,127 @@
+"""What can be found wrong with a run before any weight is read. Nothing here writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from llava_core.config import RunConfig
+from llava_core.data.records import IMAGE_MARK
+from llava_core.engine.hardware import Hardware
+from llava_core.errors import ConfigError
+from llava_core.model.spec import ModelSpec
+from llava_core.plugins import Registry
+
+MAX_LISTED = 5
+
+
+def check_paths(config: RunConfig) -> None:
+    """Every path that the config names exists.
+
+    Raises:
+        ConfigError: listing each that does not.
+    """
+    named = {
+        **{f"model.{key}": getattr(config.model, key) for key in ("path", "vision", "language", "projector")},
+        "data.path": config.data.path,
+        "data.images": config.data.images,
+    }
+    missing = [
+        f"\n  {key} = {path}: no such file or folder" for key, path in named.items() if path and not path.exists()
+    ]
+    if missing:
+        raise ConfigError("the config names what is not there:" + "".join(missing))
+    check_output(config.output)
+
+
+def check_output(folder: Path) -> None:
+    """A run may write into `folder`: it is one, or can be made.
+
+    Raises:
+        ConfigError: it is not, and why.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigError(f"output = {folder}: {existing} is not a folder; name another output.")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output = {folder}: {existing} cannot be written to; name another output.")
+
+
+def check_trackers(config: RunConfig, registry: Registry) -> None:
+    """Each tracker that the config names is registered. Raises PluginError."""
+    for name in config.log.trackers:
+        registry.load("tracker", name)
+
+
+def check_backend(config: RunConfig, hardware: Hardware) -> None:
+    """The backend can honour every setting.
+
+    Raises:
+        ConfigError: listing each that it cannot.
+    """
+    problems = hardware.backend.check_config(config)
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"backend {hardware.backend.name!r} cannot honour the config:{listed}")
+
+
+def check_trainable(config: RunConfig, spec: ModelSpec) -> frozenset[str]:
+    """The parts that learn, all of which the model has.
+
+    Raises:
+        ConfigError: a part that the model lacks, or a learning rate for one that does not learn.
+    """
+    trainable = frozenset(config.train.trainable)
+    absent = sorted(trainable & {"vision", "projector"}) if spec.vision is None else []
+    if spec.projector == "identity" and "projector" in trainable:
+        absent.append("projector")
+    if absent:
+        raise ConfigError(f"train.trainable names {absent}, which this model does not have.")
+    rates = config.optimizer.part_learning_rates.model_dump(exclude_none=True)
+    idle = sorted(set(rates) - trainable)
+    if idle:
+        raise ConfigError(
+            f"optimizer.part_learning_rates is set for {idle}, frozen by train.trainable = {sorted(trainable)}: "
+            "train them, or leave the rate out."
+        )
+    return trainable
+
+
+def check_data_settings(config: RunConfig, spec: ModelSpec) -> None:
+    """The data's settings mean something to this model.
+
+    Raises:
+        ConfigError: image settings for a model that sees nothing, or samples longer than its positions.
+    """
+    data = config.data
+    idle = sorted({"images", "image_aspect", "max_image_pixels"} & data.model_fields_set) if spec.vision is None else []
+    if any(getattr(data, key) != type(data).model_fields[key].default for key in idle):
+        raise ConfigError(f"data.{idle[0]} is set, and this model has no vision tower: leave it out.")
+    if data.max_length > spec.text.max_positions:
+        raise ConfigError(
+            f"data.max_length = {data.max_length}: the model has {spec.text.max_positions} positions; lower it."
+        )
+
+
+def check_vocabulary(tokenizer: Any, spec: ModelSpec) -> None:
+    """Every id that text can become has a row in the embedding.
+
+    Raises:
+        ConfigError: naming tokens that have none.
+    """
+    rows = spec.text.vocab_size
+    # The image's mark never becomes an id here, and padding is filled with an id that has a row.
+    beyond = {
+        token: index
+        for token, index in tokenizer.get_vocab().items()
+        if index >= rows and token not in (IMAGE_MARK, tokenizer.pad_token)
+    }
+    if beyond:
+        shown = ", ".join(
+            f"{token} = {index}" for token, index in sorted(beyond.items(), key=lambda t: t[1])[:MAX_LISTED]
+        )
+        raise ConfigError(
+            f"the tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's embedding, e.g. {shown}: "
+            "use the tokenizer that belongs to the model."
+        )
