@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_core.api import load_assistant
     from llava_core.config import RunConfig, build_config, load_config
+    from llava_core.errors import LlavaError
     from llava_core.inference.assistant import Assistant
     from llava_core.inference.sampling import GenerationSettings
     from llava_core.plugins import Registry
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Assistant": "llava_core.inference.assistant",
     "GenerationSettings": "llava_core.inference.sampling",
+    "LlavaError": "llava_core.errors",
     "Registry": "llava_core.plugins",
     "RunConfig": "llava_core.config",
     "RunResult": "llava_core.train.loop",
@@ -37,6 +39,7 @@ _HOMES = {
 __all__ = [
     "Assistant",
     "GenerationSettings",
+    "LlavaError",
     "Registry",
     "RunConfig",
     "RunResult",

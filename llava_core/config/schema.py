@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+NOT_GIVEN = "not_given"
+"""The type of an error that a value not given yet makes, where pydantic's own `missing` cannot tell."""
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):  # Python counts True as 1
+        raise PydanticCustomError("bool_for_number", "expected a number")
+    return value
+
+
+Number = BeforeValidator(_number)
 Part = Literal["vision", "projector", "language"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeInt = Annotated[int, Number, Field(ge=0)]
+PositiveInt = Annotated[int, Number, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Number, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Number, Field(gt=0.0)]
+Fraction = Annotated[float, Number, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Number, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A group of settings."""
+    """A group of settings. In every path a leading `~` is the home folder."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        if not isinstance(value, Path):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(
+                f"{str(value)!r} names no user's home folder ({error}); write ./~… for such a name"
+            ) from error
 
 
 class ModelConfig(Section):
@@ -27,7 +56,9 @@ class ModelConfig(Section):
         None, description="projector weights: a LLaVA folder or mm_projector.bin; else fresh"
     )
     projector_type: str = Field("mlp2x_gelu", description="linear, identity or mlpNx_gelu, for a composed model")
-    vision_feature_layer: int = Field(-2, description="which hidden state of the tower, for a composed model")
+    vision_feature_layer: Annotated[int, Number] = Field(
+        -2, description="which hidden state of the tower, for a composed model"
+    )
     vision_feature_select: Literal["default", "full"] = Field("default", description="without or with the class token")
 
     @model_validator(mode="after")
@@ -38,7 +69,7 @@ class ModelConfig(Section):
             if clashing:
                 raise ValueError(f"path names a whole model, so {', '.join(clashing)} cannot be set beside it")
         elif self.vision is None or self.language is None:
-            raise ValueError("set path (a whole model), or vision and language (to compose one)")
+            raise PydanticCustomError(NOT_GIVEN, "set path (a whole model), or vision and language (to compose one)")
         return self
 
 
@@ -66,7 +97,7 @@ class DataConfig(Section):
     order: Literal["shuffled", "sequential", "modality_length"] = Field(
         "shuffled", description="modality_length: the original LLaVA's grouping by modality and length"
     )
-    num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode; 0 decodes in the trainer")
+    num_workers: NonNegativeInt = Field(0, description="processes that decode; 0 decodes in the trainer")
     max_bad_fraction: Fraction = Field(0.01, description="the run stops when more rows than this are unusable")
     max_image_pixels: PositiveInt = Field(100_000_000, description="larger images are refused before decoding")
 
@@ -81,7 +112,8 @@ class BatchConfig(Section):
     @model_validator(mode="after")
     def _one_kind(self) -> BatchConfig:
         if (self.micro_tokens is None) == (self.micro_size is None):
-            raise ValueError("set exactly one of micro_tokens (packed) and micro_size (padded)")
+            message = "set exactly one of micro_tokens (packed) and micro_size (padded)"
+            raise PydanticCustomError(NOT_GIVEN, message) if self.micro_size is None else ValueError(message)
         if self.micro_size is not None and self.global_size % self.micro_size:
             raise ValueError(f"global_size {self.global_size} is not a multiple of micro_size {self.micro_size}")
         return self
@@ -100,13 +132,13 @@ class OptimizerConfig(Section):
 
     learning_rate: PositiveFloat = Field(description="the peak, for every part without one of its own")
     part_learning_rates: LearningRates = LearningRates()
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="not applied to biases and norms")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = Field(0.0, description="not applied to biases and norms")
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat | None = Field(1.0, description="largest global gradient norm; null for no limit")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Fraction | None = Field(None, description="linear warm-up over this share of the steps")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="linear warm-up over so many steps")
+    warmup_steps: NonNegativeInt | None = Field(None, description="linear warm-up over so many steps")
     final_fraction: Fraction = Field(0.0, description="the learning rate at the end, as a share of the peak")
 
     @model_validator(mode="after")
@@ -134,12 +166,12 @@ class TrainConfig(Section):
     recompute: bool = Field(False, description="recompute decoder layers in the backward pass to save memory")
     compile: bool = Field(False, description="torch.compile each decoder layer")
     deterministic: bool = Field(True, description="only kernels that give the same bits for the same input")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Number, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:
         if self.epochs is None and self.max_steps is None:
-            raise ValueError("set epochs or max_steps: a run needs an end")
+            raise PydanticCustomError(NOT_GIVEN, "set epochs or max_steps: a run needs an end")
         if not self.trainable or len(set(self.trainable)) != len(self.trainable):
             raise ValueError(f"trainable = {list(self.trainable)}: name at least one part, each once")
         return self

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llava_core.config import build_config, load_config, recipe_names, to_yaml
-from llava_core.config.load import known_keys
+from llava_core.config.load import IncompleteConfig, known_keys
 from llava_core.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {
@@ -76,6 +76,14 @@ def test_a_key_like_no_other_lists_the_sections(file: Path) -> None:
         ("data.order=random", "data.order = 'random'"),
         ("model=clip", "model = 'clip'"),
         ("batch.global_size=2.5", "batch.global_size = 2.5"),
+        ("train.epochs=true", "train.epochs = True: expected a number"),
+        ("optimizer.weight_decay=false", "optimizer.weight_decay = False: expected a number"),
+        ("model.vision_feature_layer=true", "model.vision_feature_layer = True: expected a number"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate = 'inf'"),
+        ("optimizer.eps=.nan", "optimizer.eps = nan"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas.1 = 1.0"),
+        ("optimizer.betas=[true,0.9]", "optimizer.betas.0 = True: expected a number"),
+        (f"train.seed={2**63}", f"train.seed = {2**63}"),
     ],
 )
 def test_a_wrong_value_is_shown_with_its_key(file: Path, override: str, expected: str) -> None:
@@ -171,7 +179,7 @@ def test_a_config_written_as_yaml_reads_back_equal(file: Path, tmp_path: Path) -
         "optimizer.eps=1e-7",
         "optimizer.part_learning_rates.projector=2e-5",
         "backend.kernels.attention=sdpa",
-        "output='runs/ü: #1'",
+        "output=runs/ü: #1",
         "checkpoint.keep=null",
     ]
     config = load_config(str(file), overrides)
@@ -193,3 +201,80 @@ def test_known_keys_are_whole_paths() -> None:
 
 def test_there_are_two_recipes() -> None:
     assert recipe_names() == ["llava15-7b-pretrain", "llava15-7b-sft"]
+
+
+@pytest.mark.parametrize("text", ["/tmp/my runs #2", "/a: b", "2024", "[x]", "{y}", "a=b", "1e3", "x${HOME}"])
+def test_a_path_is_taken_as_it_stands(file: Path, tmp_path: Path, text: str) -> None:
+    config = load_config(str(file), [f"output={text}", f"data.images={text}"])
+    assert (config.output, config.data.images) == (Path(text), Path(text))
+    assert load_config(str(file), options={"output": text}).output == Path(text)
+    (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(str(tmp_path / "again.yaml")) == config
+
+
+def test_texts_are_taken_as_they_stand(file: Path) -> None:
+    config = load_config(str(file), ["data.template=on", "backend.kernels.attention=1", "backend.kernels={loss: a}"])
+    assert config.data.template == "on"
+    assert config.backend.kernels == {"attention": "1", "loss": "a"}
+
+
+def test_null_takes_an_optional_path_away(file: Path) -> None:
+    overrides = ["data.images=x", "data.images=null", "backend.name=null"]
+    config = load_config(str(file), overrides)
+    assert (config.data.images, config.backend.name) == (None, None)
+    assert "output = None" in problem(file, "output=null")
+
+
+@pytest.mark.parametrize("override", ["output=", "data.images="])
+def test_an_empty_path_is_refused(file: Path, override: str) -> None:
+    assert f"override {override!r}" in problem(file, override)
+
+
+def test_options_come_last_and_others_may_refer_to_them(file: Path) -> None:
+    config = load_config(str(file), ["output=x", "log.trackers=['${output}']"], options={"output": "y #1"})
+    assert (config.output, config.log.trackers) == (Path("y #1"), ("y #1",))
+    with pytest.raises(ConfigError, match="output is given as an empty text"):
+        load_config(str(file), options={"output": ""})
+
+
+def test_home_is_expanded_in_every_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = ["model.path=null", "model.vision=~/v", "model.language=~/l", "model.projector=~/p"]
+    config = load_config(str(file), [*paths, "output=~/runs", "data.path=~/d.json", "data.images=~"])
+    found = [config.output, config.data.path, config.data.images, config.model.vision, config.model.language]
+    assert [str(path) for path in found] == [f"/home/someone{end}" for end in ("/runs", "/d.json", "", "/v", "/l")]
+    assert config.model.projector == Path("/home/someone/p")
+
+
+def test_a_home_that_nobody_has_is_named(file: Path) -> None:
+    assert "'~nobody-at-all/x' names no user's home folder" in problem(file, "output=~nobody-at-all/x")
+
+
+@pytest.mark.parametrize("content", [b"\x80\x03\xff\xfe{", b"output: \xff\n"])
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert "model.safetensors cannot be read" in problem(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("override", ["train.epochs=[1", "log.trackers={a: b: c}"])
+def test_an_override_at_fault_is_named_and_the_file_is_not(file: Path, override: str) -> None:
+    message = problem(file, override)
+    assert override.partition("=")[0] in message
+    assert str(file) not in message
+    assert "unicode string" not in message
+
+
+def test_values_still_to_be_given_are_told_from_mistakes(file: Path) -> None:
+    for override in ("model.path=null", "train.epochs=null", "batch.micro_size=null"):
+        with pytest.raises(IncompleteConfig):
+            load_config(str(file), [override])
+    with pytest.raises(ConfigError) as raised:
+        load_config(str(file), ["model.path=null", "train.seed=-1"])
+    assert not isinstance(raised.value, IncompleteConfig)
+
+
+def test_the_error_of_every_mistake_is_public() -> None:
+    import llava_core
+
+    assert "LlavaError" in llava_core.__all__
+    assert llava_core.LlavaError is ConfigError.__bases__[0]
