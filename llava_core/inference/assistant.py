@@ -20,7 +20,7 @@ from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import Rejected
 from llava_core.data.records import Turn
 from llava_core.data.tokens import encode
-from llava_core.errors import BadRow, ConfigError
+from llava_core.errors import BadRow, ConfigError, WeightsError
 from llava_core.inference.chat_template import build_prompt, folder_template
 from llava_core.inference.generate import Stop, generate
 from llava_core.inference.prompts import Answer, Finish, PromptRow, mark_image
@@ -85,8 +85,9 @@ class Assistant:
         tokenizer = load_tokenizer(source.tokenizer_folder)
         template = template or folder_template(folder, tokenizer, multimodal=source.spec.vision is not None)
         processor = ImageProcessor.from_folder(source.processor_folder) if source.processor_folder else None
+        eos = _generation_eos(folder)
         model = load_model(source, build_ops(source.spec), compute_dtype=compute_dtype, device=device).eval()
-        return cls(model, tokenizer, processor, template, _generation_eos(folder))
+        return cls(model, tokenizer, processor, template, eos)
 
     def ask(
         self,
@@ -200,12 +201,25 @@ def build_stop(tokenizer: PreTrainedTokenizerBase, template: Template, ids: Iter
 
 
 def _generation_eos(folder: Path) -> list[int]:
-    """The end tokens of the folder's `generation_config.json`."""
+    """The end tokens of the folder's `generation_config.json`.
+
+    Raises:
+        WeightsError: a file that cannot be read, or end tokens that are no ids.
+    """
     file = folder / "generation_config.json"
     if not file.is_file():
         return []
-    found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    return found if isinstance(found, list) else [] if found is None else [found]
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}. Mend it or remove it.") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file} holds a {type(found).__name__}; expected an object. Mend it or remove it.")
+    eos = found.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int for token in ids):
+        raise WeightsError(f"{file}: eos_token_id = {eos!r}; expected an id or a list of ids.")
+    return ids
 
 
 def _load(picture: Picture) -> Image.Image:

@@ -98,6 +98,12 @@ def _open_file(file: Path) -> Any:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt", device="cpu")
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{file} cannot be read as weights: {error}. Is the download complete?") from error
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"{file} holds a {type(loaded).__name__}; expected a dictionary of tensors by name.")
+    odd = next((name for name, value in loaded.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise WeightsError(f"{file}: {odd!r} is a {type(loaded[odd]).__name__}; expected nothing but tensors by name.")
+    return loaded

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from llava_core.errors import WeightsError
@@ -12,6 +15,20 @@ from llava_core.model.layers import ACTIVATIONS
 from llava_core.model.spec import ModelSpec, RopeSpec, TextSpec, VisionSpec
 
 FeatureSelect = Literal["default", "full"]
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "image_size",
+    "patch_size",
+)
+"""Keys that hold a whole number of at least 1, in a config and in the parts of one."""
 
 OWN_PROJECTOR = "llava_core:"
 """In an export's `projector_hidden_act`: a projector that transformers does not have, whose type follows.
@@ -26,12 +43,21 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
         WeightsError: no readable `config.json`, or a family that transformers does not know.
     """
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise WeightsError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        # Before transformers reads it, which divides by some of them.
+        problems = list(_bad_sizes(json.loads(file.read_text(encoding="utf-8"))))
+        if problems:
+            raise WeightsError(f"{file}: {'; '.join(problems)}.")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except WeightsError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
 
 
 def model_spec(config: PretrainedConfig, where: Path) -> ModelSpec:
@@ -65,6 +91,7 @@ def vision_spec(config: PretrainedConfig, where: Path, feature_layer: int, selec
     if config.model_type not in families:
         raise WeightsError(f"{where}: vision tower {config.model_type!r}; expected one of {sorted(families)}.")
     _require(where, "num_channels", config.num_channels, 3)
+    _require(where, "vision attention_dropout", config.attention_dropout, 0)
     if config.hidden_act not in ACTIVATIONS:
         raise WeightsError(f"{where}: hidden_act = {config.hidden_act!r}; expected one of {sorted(ACTIVATIONS)}.")
     return VisionSpec(
@@ -88,6 +115,7 @@ def text_spec(config: PretrainedConfig, where: Path, *, tied: bool | None = None
     if config.model_type not in families:
         raise WeightsError(f"{where}: language model {config.model_type!r}; expected llama or mistral.")
     _require(where, "hidden_act", config.hidden_act, "silu")
+    _require(where, "attention_dropout", config.attention_dropout, 0)
     for bias in ("attention_bias", "mlp_bias"):
         _require(where, bias, getattr(config, bias, False), False)
     return TextSpec(
@@ -105,6 +133,21 @@ def text_spec(config: PretrainedConfig, where: Path, *, tied: bool | None = None
         sliding_window=getattr(config, "sliding_window", None),
         tied_embeddings=bool(config.tie_word_embeddings) if tied is None else tied,
     )
+
+
+def _bad_sizes(section: object, prefix: str = "") -> Iterator[str]:
+    """What is wrong with the numbers of a `config.json` as it was written, and of its parts."""
+    if not isinstance(section, dict):
+        return
+    for key in SIZES:
+        value = section.get(key)  # null leaves it to the family's default
+        if value is not None and (type(value) is not int or value < 1):
+            yield f"{prefix}{key} = {value!r}; expected a whole number of at least 1"
+    width, heads = section.get("hidden_size"), section.get("num_attention_heads")
+    if type(width) is int and type(heads) is int and heads > 0 and width % heads and not section.get("head_dim"):
+        yield f"{prefix}hidden_size = {width} is not divisible by {prefix}num_attention_heads = {heads}"
+    for part in ("text_config", "vision_config"):
+        yield from _bad_sizes(section.get(part), f"{part}.")
 
 
 def llava_config(spec: ModelSpec) -> dict[str, Any]:
@@ -137,6 +180,13 @@ def _rope_spec(parameters: dict[str, Any], where: Path) -> RopeSpec:
         "high_freq_factor": "high_freq_factor",
         "original_max_position_embeddings": "original_max_positions",
     }
+    _require(where, "partial_rotary_factor", parameters.get("partial_rotary_factor") or 1, 1)
+    known = {*names, "rope_type", "type", "partial_rotary_factor"}  # `type` is what older releases called `rope_type`
+    for key, value in parameters.items():
+        if key not in known and value is not None:
+            raise WeightsError(f"{where}: {key} = {value!r} of the rope is not implemented; expected {sorted(names)}.")
+        if key in names and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise WeightsError(f"{where}: {key} = {value!r} of the rope; expected a number above 0.")
     return RopeSpec(kind=kind, **{names[key]: value for key, value in parameters.items() if key in names})
 
 

@@ -64,8 +64,8 @@ LANGUAGE = Naming(rename=((r"model\.", "language_model.model."), (r"lm_head\.", 
 
 PROJECTOR = Naming(
     rename=(
-        (r"(?:model\.)?mm_projector\.0\.", "multi_modal_projector.linear_1."),
-        (r"(?:model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
+        # mlpNx_gelu counts the activations between its layers, too.
+        *((rf"(?:model\.)?mm_projector\.{2 * i}\.", f"multi_modal_projector.linear_{i + 1}.") for i in range(9)),
         (r"(?:model\.)?mm_projector\.(?=weight|bias)", "multi_modal_projector.linear_1."),
         (r"(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
     ),

@@ -162,3 +162,10 @@ def test_unknown_tensor(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     with pytest.raises(KeyError):
         WeightsFolder(tmp_path)["nothing"]
+
+
+@pytest.mark.parametrize(("held", "said"), [([torch.ones(1)], "holds a list"), ({"a": 3}, "'a' is a int")])
+def test_a_bin_file_of_something_else(tmp_path, held, said):
+    torch.save(held, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=rf"pytorch_model\.bin.*{said}; expected"):
+        WeightsFolder(tmp_path)

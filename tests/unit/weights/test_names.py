@@ -41,6 +41,8 @@ SPELLINGS = [
     (PROJECTOR, "model.mm_projector.0.weight", "multi_modal_projector.linear_1.weight"),
     (PROJECTOR, "model.mm_projector.2.bias", "multi_modal_projector.linear_2.bias"),
     (PROJECTOR, "mm_projector.0.bias", "multi_modal_projector.linear_1.bias"),
+    (PROJECTOR, "model.mm_projector.4.weight", "multi_modal_projector.linear_3.weight"),
+    (PROJECTOR, "mm_projector.16.bias", "multi_modal_projector.linear_9.bias"),
     (PROJECTOR, "model.mm_projector.weight", "multi_modal_projector.linear_1.weight"),
     (PROJECTOR, "mm_projector.bias", "multi_modal_projector.linear_1.bias"),
     (PROJECTOR, "multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.weight"),
