@@ -47,12 +47,12 @@ def llava_register_readers() -> Sequence[Contribution]:  # type: ignore[empty-bo
 
 @hookspec
 def llava_register_templates() -> Sequence[Contribution]:  # type: ignore[empty-body]
-    """Conversation templates. `load` names a `llava_core.data.templates.Template`."""
+    """Conversation templates. `load` names an instance of `llava_core.data.templates.Template`."""
 
 
 @hookspec
 def llava_register_trackers() -> Sequence[Contribution]:  # type: ignore[empty-body]
-    """Metric trackers. `load` names a callable `(run_folder) -> llava_core.train.trackers.Tracker`."""
+    """Metric trackers. `load` names a callable `(run_folder) -> llava_core.train.metrics.Tracker`."""
 
 
 KINDS = {

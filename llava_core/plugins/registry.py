@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,9 +20,15 @@ from llava_core.plugins.hookspecs import API_VERSION, GROUP, KINDS, Contribution
 
 @dataclass(frozen=True)
 class PluginFailure:
-    """A plugin that could not be used, kept so that listings can name it."""
+    """A plugin that could not be used, kept so that listings can name it.
+
+    Attributes:
+        address: its module, as the entry point names it.
+        details: the traceback, if there is one.
+    """
 
     plugin: str
+    address: str
     distribution: str
     reason: str
     details: str
@@ -84,7 +91,7 @@ class Registry:
         except Exception as error:
             raise PluginError(
                 f"{kind} {name!r} of plugin {offer.plugin!r} ({offer.distribution}) cannot be imported from "
-                f"{offer.contribution.load}: {type(error).__name__}: {error}"
+                f"{offer.contribution.load}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
             ) from error
 
     def _load(self, entry_point: metadata.EntryPoint) -> None:
@@ -99,14 +106,17 @@ class Registry:
             if self._manager.has_plugin(label):
                 self._manager.unregister(name=label)
             reason = f"{type(error).__name__}: {error}"
-            self.failures.append(PluginFailure(entry_point.name, distribution, reason, traceback.format_exc()))
+            self._record(entry_point, reason, traceback.format_exc())
             return
         for kind, contribution in contributions:
             offers = self._offers[kind].setdefault(contribution.name, [])
             offers.append(Offer(contribution, entry_point.name, distribution))
             if len(offers) > 1:
-                message = _conflict_message(kind, contribution.name, offers)
-                self.failures.append(PluginFailure(entry_point.name, distribution, message, ""))
+                self._record(entry_point, _conflict_message(kind, contribution.name, offers), "")
+
+    def _record(self, entry_point: metadata.EntryPoint, reason: str, details: str) -> None:
+        distribution = _distribution_label(entry_point)
+        self.failures.append(PluginFailure(entry_point.name, entry_point.value, distribution, reason, details))
 
     def _collect(self, module: Any) -> list[tuple[str, Contribution]]:
         collected = []
@@ -124,9 +134,12 @@ class Registry:
         return collected
 
     def _unknown_message(self, kind: str, name: str) -> str:
-        for failure in self.failures:
-            if failure.plugin == name:
-                return f"{kind} {name!r} is not usable: {failure}\n{failure.details}"
+        # A plugin that did not load cannot say what it offers; its entry point usually has the name in it.
+        word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])")
+        suspects = [f for f in self.failures if f.details and word.search(f"{f.plugin} {f.address}")]
+        if suspects:
+            told = "\n".join(f"{failure}\n{failure.details}" for failure in suspects)
+            return f"{kind} {name!r} is not usable: {told}"
         known = self.names(kind)
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -85,6 +85,12 @@ def test_asking_for_the_broken_one_raises_with_its_traceback(install: Install) -
         registry.load("backend", "broken")
 
 
+def test_asking_by_a_name_that_its_module_has_raises_with_its_traceback(install: Install) -> None:
+    install("acme", "import no_such_library")  # its module is dummy_acme_plugin
+    with pytest.raises(PluginError, match=r"'dummy' is not usable(.|\n)*import no_such_library"):
+        Registry.discover().load("backend", "dummy")
+
+
 def test_a_hook_that_raises_is_a_failure(install: Install) -> None:
     source = GOOD.format(name="acme").replace("    return", "    1 / 0\n    return")
     install("acme", source)
@@ -127,6 +133,7 @@ def test_code_that_cannot_be_imported_names_its_plugin(install: Install) -> None
     with pytest.raises(PluginError, match=r"'acme' of plugin 'acme' \(dummy-acme 1\.0\) cannot be imported") as caught:
         registry.load("backend", "acme")
     assert isinstance(caught.value.__cause__, AttributeError)
+    assert "Traceback" in str(caught.value)
 
 
 def test_an_unknown_name_suggests_the_nearest(install: Install) -> None:
