@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,13 +19,15 @@ from llava_core.cli.options import (
     TemplateOption,
     TopK,
     TopP,
+    chosen_template,
 )
 
 
 def ask(
     model: ModelArgument,
-    image: Annotated[Path, typer.Argument(help="An image file.")],
-    question: Annotated[str, typer.Argument(help="The question about it.")],
+    about: Annotated[
+        list[str], typer.Argument(metavar="[IMAGE] QUESTION", help="An image file, or none, and the question.")
+    ],
     backend: BackendOption = None,
     precision: PrecisionOption = "auto",
     template: TemplateOption = None,
@@ -35,13 +38,33 @@ def ask(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
 ) -> None:
-    """Ask a model a question about an image."""
+    """Ask a model a question, about an image or without one."""
     from llava_core.api import load_assistant
     from llava_core.inference.sampling import GenerationSettings
     from llava_core.plugins import Registry
 
+    image, question = image_and_question(about)
     settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     registry = Registry.discover()
-    own = registry.load("template", template) if template is not None else None
+    own = chosen_template(template, registry)
     assistant = load_assistant(model, backend=backend, precision=precision, template=own, registry=registry)
     typer.echo(assistant.ask(question, image, settings))
+
+
+def image_and_question(arguments: list[str]) -> tuple[Path | None, str]:
+    """What is asked, and about which image.
+
+    Raises:
+        ConfigError: more than an image and a question, or an image alone.
+    """
+    from llava_core.errors import ConfigError
+
+    if len(arguments) > 2:
+        raise ConfigError(
+            f"expected a question, or an image and a question, found {len(arguments)} arguments: {arguments}. "
+            "Put the question in quotes."
+        )
+    *images, question = arguments
+    if not images and os.path.isfile(question):
+        raise ConfigError(f"{question} is a file, and there is no question: give one after it.")
+    return (Path(images[0]) if images else None), question

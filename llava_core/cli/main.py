@@ -7,6 +7,7 @@ interrupted by SIGINT and SIGTERM, the state saved.
 from __future__ import annotations
 
 import sys
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,11 +22,29 @@ from llava_core.cli.train import train
 from llava_core.errors import CheckpointError, LlavaError, TrainingError
 
 app = typer.Typer(
-    help="Train LLaVA models with one script and the same numbers on every accelerator.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    from importlib.metadata import version
+
+    if wanted:
+        typer.echo(f"llava-core {version('llava-core')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Train LLaVA models with one script and the same numbers on every accelerator."""
+
+
 for command in (demo, train, ask, generate, backends, doctor, certify):
     app.command()(command)
 
@@ -35,5 +54,11 @@ def main() -> None:
     try:
         app()
     except LlavaError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(1 if isinstance(error, TrainingError | CheckpointError) else 2)
+        _fail(str(error), 1 if isinstance(error, TrainingError | CheckpointError) else 2)
+    except OSError as error:  # a disk that is full, a folder that is closed
+        _fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error), 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True, highlight=False).print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    sys.exit(code)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from llava_core.data.conversation import Template
+    from llava_core.plugins import Registry
 
 BackendOption = Annotated[
     str | None,
@@ -13,7 +17,7 @@ BackendOption = Annotated[
 ]
 PrecisionOption = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 TemplateOption = Annotated[
-    str | None, typer.Option(help="A registered template, in place of the folder's own chat template.")
+    str | None, typer.Option(help="A registered template, in place of the folder's own chat template (`tokenizer`).")
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
 Temperature = Annotated[float, typer.Option(help="Sample at this temperature; 0 is greedy.")]
@@ -22,3 +26,11 @@ TopK = Annotated[int | None, typer.Option(help="Sample from so many most likely 
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that occurred already less likely.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face LLaVA folder, e.g. a run's `hf`.")]
+
+
+def chosen_template(name: str | None, registry: Registry) -> Template | None:
+    """The template of `--template`; None for the folder's own, which `data.template` calls `tokenizer`."""
+    if name is None or name == "tokenizer":
+        return None
+    template: Template = registry.load("template", name)
+    return template

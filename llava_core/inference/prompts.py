@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 from llava_core.data.loader import Rejected
 from llava_core.data.records import IMAGE_MARK, Turn, parse_record
-from llava_core.errors import BadRow, DataError
+from llava_core.errors import BadRow, ConfigError, DataError
 
 Finish: TypeAlias = Literal["stop", "length"]
 
@@ -115,13 +115,29 @@ def mark_image(question: str, has_image: bool) -> Turn:
     return Turn("human", f"{IMAGE_MARK}\n{question}" if marked else question)
 
 
+def check_answers_path(path: Path) -> None:
+    """Whether an answers file can be written, asked before the work for it is done. Makes nothing.
+
+    Raises:
+        ConfigError: a folder, or another thing that is no file, has its name; or what should be its folder is none.
+    """
+    for file in (path, _partial(path)):
+        if file.exists() and not file.is_file():
+            raise ConfigError(f"the answers file {file} is {'a folder' if file.is_dir() else 'no file'}; name a file.")
+    folder = next((parent for parent in path.parents if parent.exists()), path.parent)
+    if not folder.is_dir():
+        raise ConfigError(f"the answers file {path} would lie under {folder}, which is no folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"the answers file {path} cannot be written: {folder} is closed to you.")
+
+
 def write_answers(path: Path, results: Iterable[Answer | Rejected]) -> tuple[int, int]:
     """Writes an answers file; the numbers of answers and of errors.
 
     Each line leaves the process when its answer is there, into `<path>.partial`, which takes the name `path` when the
     last one is: a file of that name is complete. A run that is cut short starts anew.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     num_answers = num_errors = 0
     with partial.open("w", encoding="utf-8") as file:
@@ -135,6 +151,10 @@ def write_answers(path: Path, results: Iterable[Answer | Rejected]) -> tuple[int
         os.fsync(file.fileno())
     os.replace(partial, path)
     return num_answers, num_errors
+
+
+def _partial(path: Path) -> Path:
+    return path.parent / f"{path.name}.partial"
 
 
 def _line(result: Answer | Rejected) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,54 @@ def test_a_whole_config_is_printed_as_it_can_be_read_back(capsys, config: Path, 
     assert load_config(str(tmp_path / "printed.yaml")) == load_config(str(config))
 
 
+@pytest.mark.parametrize("override", ["train.epochs=x", "optimizer.learning_rte=1"])
+def test_a_config_that_cannot_be_used_is_printed_and_is_an_error(capsys, config: Path, override: str) -> None:
+    done = run(capsys, "train", config, override, "--print-config")
+    assert (done.code, override.partition("=")[0] in done.err) == (2, True), done.err
+    assert yaml.safe_load(done.out)["batch"]
+
+
+@pytest.mark.parametrize("folder", ["/tmp/my runs #2", "/a: b", "2024"])
+def test_the_output_folder_is_taken_as_it_stands(capsys, config: Path, folder: str) -> None:
+    done = run(capsys, "train", config, "--output", folder, "--backend", "cpu", "--print-config")
+    assert done.code == 0, done.err
+    printed = yaml.safe_load(done.out)
+    assert (printed["output"], printed["backend"]["name"]) == (folder, "cpu")
+
+
+def test_an_error_of_the_system_ends_with_one_and_its_path(capsys, monkeypatch) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device", "/disk/file")
+
+    monkeypatch.setattr("llava_core.cli.main.app", full)
+    done = run(capsys, "train")
+    assert (done.code, done.err) == (1, "error: No space left on device: /disk/file\n")
+
+
+def test_the_version_is_printed(capsys) -> None:
+    done = run(capsys, "--version")
+    assert (done.code, done.out) == (0, f"llava-core {version('llava-core')}\n")
+
+
 def test_ask_answers(capsys, export: Path, parts: TinyParts) -> None:
     picture = parts.images / "0.png"
     done = run(capsys, "ask", export, picture, "What colour is this?", "--precision", "fp32", "--max-new-tokens", 4)
     assert done.code == 0, done.err
+
+
+def test_ask_answers_without_an_image_too(capsys, export: Path) -> None:
+    options = ["--precision", "fp32", "--max-new-tokens", 4, "--template", "tokenizer"]
+    done = run(capsys, "ask", export, "What is red?", *options)
+    assert done.code == 0, done.err
+
+
+def test_ask_says_which_argument_is_wrong(capsys, export: Path, parts: TinyParts) -> None:
+    picture = parts.images / "0.png"
+    alone = run(capsys, "ask", export, picture)
+    assert (alone.code, "there is no question" in alone.err) == (2, True), alone.err
+    unquoted = run(capsys, "ask", export, picture, "What", "is", "this?")
+    assert (unquoted.code, "Put the question in quotes" in unquoted.err) == (2, True), unquoted.err
+    assert run(capsys, "ask", export).code == 2
 
 
 @pytest.mark.parametrize(
@@ -119,6 +164,14 @@ def test_generate_names_a_prompts_file_that_is_not_there(capsys, export: Path, t
     done = run(capsys, "generate", export, tmp_path / "none.jsonl", "-o", tmp_path / "answers.jsonl")
     assert (done.code, "none.jsonl" in done.err) == (2, True)
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_generate_checks_the_answers_file_before_it_loads_the_model(capsys, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"question": "What?"}')
+    for output, said in ((tmp_path, "is a folder"), (tmp_path / "prompts.jsonl" / "x", "no folder")):
+        done = run(capsys, "generate", tmp_path / "no-model", tmp_path / "prompts.jsonl", "-o", output)
+        assert (done.code, said in done.err) == (2, True), done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def test_backends_lists_them_and_shows_ones_kernels(capsys) -> None:
