@@ -89,7 +89,7 @@ def weight_files(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is no index of weights: {error!r}. Is the download complete?") from error
 
 

@@ -170,6 +170,7 @@ def llava_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _rope_spec(parameters: dict[str, Any], where: Path) -> RopeSpec:
+    parameters = {key: value for key, value in parameters.items() if value is not None}
     kind = parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
         raise WeightsError(f"{where}: rope_type {kind!r} is not implemented; expected default, linear or llama3.")
@@ -180,10 +181,10 @@ def _rope_spec(parameters: dict[str, Any], where: Path) -> RopeSpec:
         "high_freq_factor": "high_freq_factor",
         "original_max_position_embeddings": "original_max_positions",
     }
-    _require(where, "partial_rotary_factor", parameters.get("partial_rotary_factor") or 1, 1)
+    _require(where, "partial_rotary_factor", parameters.get("partial_rotary_factor", 1), 1)
     known = {*names, "rope_type", "type", "partial_rotary_factor"}  # `type` is what older releases called `rope_type`
     for key, value in parameters.items():
-        if key not in known and value is not None:
+        if key not in known:
             raise WeightsError(f"{where}: {key} = {value!r} of the rope is not implemented; expected {sorted(names)}.")
         if key in names and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
             raise WeightsError(f"{where}: {key} = {value!r} of the rope; expected a number above 0.")

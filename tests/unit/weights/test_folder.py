@@ -133,7 +133,7 @@ def test_missing_shard_is_named(tmp_path):
         WeightsFolder(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", '{"weight_map": {"a"', "{}"])
+@pytest.mark.parametrize("text", ["", '{"weight_map": {"a"', "{}", "[]", '{"weight_map": []}'])
 def test_damaged_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json is no index of weights"):

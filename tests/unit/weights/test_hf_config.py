@@ -50,6 +50,7 @@ def test_a_text_config_is_refused_by_key(tmp_path: Path, changes: dict[str, Any]
     ("rope", "said"),
     [
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor = 0.25 is not implemented"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor = 0 is not implemented"),
         ({"mscale": 0.5}, "mscale = 0.5 of the rope is not implemented"),
         ({"factor": "2"}, "factor = '2' of the rope; expected a number"),
     ],
