@@ -19,7 +19,6 @@ from llava_core.cli.options import (
     TemplateOption,
     TopK,
     TopP,
-    chosen_template,
 )
 
 
@@ -41,13 +40,10 @@ def ask(
     """Ask a model a question, about an image or without one."""
     from llava_core.api import load_assistant
     from llava_core.inference.sampling import GenerationSettings
-    from llava_core.plugins import Registry
 
     image, question = image_and_question(about)
     settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    registry = Registry.discover()
-    own = chosen_template(template, registry)
-    assistant = load_assistant(model, backend=backend, precision=precision, template=own, registry=registry)
+    assistant = load_assistant(model, backend=backend, precision=precision, template=template)
     typer.echo(assistant.ask(question, image, settings))
 
 

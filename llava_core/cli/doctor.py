@@ -25,7 +25,7 @@ AUTOLOAD_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was looked at. Not a backend's `Diagnosis`: that needs a torch that can be imported."""
 
     subject: str
     ok: bool

@@ -18,7 +18,6 @@ from llava_core.cli.options import (
     TemplateOption,
     TopK,
     TopP,
-    chosen_template,
 )
 
 
@@ -43,15 +42,12 @@ def generate(
     from llava_core.data.image_store import MAX_WORKING_PIXELS, ImageStore
     from llava_core.inference.prompts import check_answers_path, read_prompts, write_answers
     from llava_core.inference.sampling import GenerationSettings
-    from llava_core.plugins import Registry
 
     settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     check_answers_path(output)
     store = ImageStore(images, MAX_WORKING_PIXELS) if images is not None else None
     rows = read_prompts(prompts)
-    registry = Registry.discover()
-    own = chosen_template(template, registry)
-    assistant = load_assistant(model, backend=backend, precision=precision, template=own, registry=registry)
+    assistant = load_assistant(model, backend=backend, precision=precision, template=template)
     answers = assistant.generate(rows, settings, batch_size=batch_size, images=store)
     num_answers, num_errors = write_answers(output, answers)
     typer.echo(f"{num_answers} answers and {num_errors} errors in {output}")

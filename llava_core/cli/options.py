@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from llava_core.data.conversation import Template
-    from llava_core.plugins import Registry
 
 BackendOption = Annotated[
     str | None,
@@ -26,11 +22,3 @@ TopK = Annotated[int | None, typer.Option(help="Sample from so many most likely 
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that occurred already less likely.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face LLaVA folder, e.g. a run's `hf`.")]
-
-
-def chosen_template(name: str | None, registry: Registry) -> Template | None:
-    """The template of `--template`; None for the folder's own, which `data.template` calls `tokenizer`."""
-    if name is None or name == "tokenizer":
-        return None
-    template: Template = registry.load("template", name)
-    return template

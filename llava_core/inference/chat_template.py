@@ -18,6 +18,9 @@ from llava_core.errors import BadRow, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OWN_TEMPLATE = "tokenizer"
+"""The template's name that stands for the folder's own."""
+
 PROBE = "probe"
 
 # Many templates of LLaVA folders read a message as a list of parts; ours are strings with an `<image>` mark.

@@ -24,7 +24,7 @@ from llava_core.engine.hardware import Hardware, compute_dtype, open_hardware
 from llava_core.engine.opset import Use, build_ops
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
 from llava_core.errors import BadRow, ConfigError
-from llava_core.inference.chat_template import folder_template
+from llava_core.inference.chat_template import OWN_TEMPLATE, folder_template
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
@@ -44,9 +44,6 @@ from llava_core.weights.tokenizer import load_tokenizer, pad_token_id
 
 EXPORT_FOLDER = "hf"
 """Where in the output folder the trained model is exported to."""
-
-TOKENIZER_TEMPLATE = "tokenizer"
-"""`data.template` that stands for the tokenizer's own chat template."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def find_template(name: str, registry: Registry, tokenizer: Any, source: ModelSo
         ConfigError: no chat template says what this one does, so that an export would answer otherwise than it learnt.
     """
     multimodal = source.spec.vision is not None
-    if name == TOKENIZER_TEMPLATE:
+    if name == OWN_TEMPLATE:
         template = folder_template(source.tokenizer_folder, tokenizer, multimodal=multimodal)
     else:
         template = registry.load("template", name)
