@@ -47,6 +47,10 @@ class KernelUnavailable(LlavaError):
     """No kernel can serve a request, or the pinned one cannot."""
 
 
+class PatchRefused(LlavaError):
+    """Another library is not what a patch was written for, so it is left as it is."""
+
+
 class CheckpointError(LlavaError):
     """A state checkpoint that is missing, incomplete, damaged or not this run's."""
 

@@ -5,6 +5,7 @@ from llava_core.backend.interface import Backend, Memory, Rng
 from llava_core.backend.kernels import KernelSpec, No, OpRequest, Selection, Yes, select, select_all
 from llava_core.backend.masks import MaskFacts, MaskSpec
 from llava_core.backend.ops import CATALOGUE, Op, OpSet, reference_kernels
+from llava_core.backend.patches import Patch
 
 __all__ = [
     "CATALOGUE",
@@ -21,6 +22,7 @@ __all__ = [
     "Op",
     "OpRequest",
     "OpSet",
+    "Patch",
     "PrecisionCaps",
     "Probe",
     "Rng",

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from llava_core.backend.facts import ConfigProblem, Diagnosis, DistSpec, PrecisionCaps, Probe
+from llava_core.backend.facts import ConfigProblem, Diagnosis, DistSpec, PrecisionCaps, Probe, World
 from llava_core.backend.kernels import KernelSpec
+from llava_core.backend.patches import Patch
 
 
 class Memory(ABC):
@@ -61,6 +62,15 @@ class Backend(ABC):
     def probe(cls) -> Probe:
         """Whether this backend can run here. Creates no device context and never raises."""
 
+    @classmethod
+    def launch_env(cls, world: World, environment: Mapping[str, str]) -> Mapping[str, str]:
+        """What a launcher adds to `environment` for each process of `world`. Pure; what the user set is kept.
+
+        Raises:
+            BackendUnavailable: a setting of the user's under which the processes could not run.
+        """
+        return {}
+
     @abstractmethod
     def open(self, local_rank: int, *, threads: int | None, deterministic: bool) -> torch.device:
         """Claim the device of this process and make it current.
@@ -99,6 +109,10 @@ class Backend(ABC):
     ) -> torch.optim.Optimizer | None:
         """This hardware's own AdamW over `groups` (`params`, `lr`, `weight_decay` each); None for the reference."""
         return None
+
+    def patches(self) -> Sequence[Patch]:
+        """What this backend changes in libraries that are not its own; whoever loads such a library applies them."""
+        return ()
 
     def check_config(self, config: object) -> list[ConfigProblem]:
         """Settings of a `RunConfig` that this backend cannot honour. Never changes the config."""
