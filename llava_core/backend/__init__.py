@@ -1,6 +1,6 @@
 """The Backend interface and what it is made of: facts, masks, the op catalogue, kernel selection."""
 
-from llava_core.backend.facts import ConfigProblem, DeviceInfo, Diagnosis, DistSpec, PrecisionCaps, Probe
+from llava_core.backend.facts import ConfigProblem, DeviceInfo, Diagnosis, DistSpec, PrecisionCaps, Probe, World
 from llava_core.backend.interface import Backend, Memory, Rng
 from llava_core.backend.kernels import KernelSpec, No, OpRequest, Selection, Yes, select, select_all
 from llava_core.backend.masks import MaskFacts, MaskSpec
@@ -27,6 +27,7 @@ __all__ = [
     "Probe",
     "Rng",
     "Selection",
+    "World",
     "Yes",
     "reference_kernels",
     "select",

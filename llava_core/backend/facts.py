@@ -49,6 +49,14 @@ class DistSpec:
 
 
 @dataclass(frozen=True)
+class World:
+    """The processes of a run: `local_size` on this machine, one for each device, on `num_nodes` machines."""
+
+    local_size: int
+    num_nodes: int = 1
+
+
+@dataclass(frozen=True)
 class ConfigProblem:
     """A setting that this backend cannot honour."""
 

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from llava_core.backend import World
 from llava_core.testing.conformance.check import Check, CheckFailed, CheckSkipped
 from llava_core.testing.conformance.subject import HOST, Subject
 
@@ -59,7 +61,8 @@ def _check_collectives(subject: Subject, size: int) -> str:
         raise CheckSkipped(f"{size} processes need as many devices; there are {num_devices}")
     with tempfile.TemporaryDirectory() as folder:
         common = {"backend": subject.address, "size": size, "store": str(Path(folder) / "store")}
-        answers = _answers(*(_start("collectives", common | {"rank": rank}) for rank in range(size)))
+        added = type(subject.backend).launch_env(World(size), os.environ)
+        answers = _answers(*(_start("collectives", common | {"rank": rank}, added) for rank in range(size)))
     for rank, wrong in enumerate(answers):
         for dtype, what in wrong.items():
             if what:
@@ -67,8 +70,10 @@ def _check_collectives(subject: Subject, size: int) -> str:
     return ", ".join(answers[0])
 
 
-def _start(task: str, arguments: dict[str, Any]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+def _start(
+    task: str, arguments: dict[str, Any], added: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
+    environment = {**os.environ, **added, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", WORKER, task, json.dumps(arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
