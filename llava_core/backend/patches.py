@@ -19,13 +19,13 @@ class Patch:
         name: unique within the backend.
         target: the attribute that is replaced, `package.module:Class.attribute`.
         why: what goes wrong without it.
-        source: the versions it was written and verified against.
+        source: the versions it was written for and verified against.
         remove_when: what must become true for it to be no longer needed.
-        library: the module whose import makes the target what the patch expects. Whoever runs the library imports
-            it, in a process of its own if it changes more than its own target.
         applies: whether there is anything to patch here, from what is installed; imports no library.
             Raises `PatchRefused` if what is installed is not what the patch was written for.
-        apply: makes the change, in a process where `library` was imported, and returns what undoes it.
+        load: loads the library as the patch expects it. May change more of the process than the target, so it is
+            called in a process of its own, whose device is open. An engine with settings of its own loads it itself.
+        apply: makes the change, after the library was loaded, and returns what undoes it.
             Raises `PatchRefused`, with nothing changed, if the target is not what the patch was written for.
     """
 
@@ -34,6 +34,6 @@ class Patch:
     why: str
     source: str
     remove_when: str
-    library: str
     applies: Callable[[], Verdict]
+    load: Callable[[], None]
     apply: Callable[[], Undo]
