@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from llava_core.data.batch import Batch
 from llava_core.engine.hardware import Hardware
 from llava_core.engine.loss import LossMode, label_weights
+from llava_core.engine.loss_scale import LossScale
 from llava_core.engine.optimizer import build_optimizer, parameter_groups
 from llava_core.errors import CheckpointError, TrainingError
 from llava_core.model.llava import Llava
@@ -64,8 +65,7 @@ class TorchEngine:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(self.trained.items(), settings.learning_rates, settings.weight_decay)
         self.optimizer = build_optimizer(hardware.backend, groups, settings.betas, settings.eps)
-        fp16 = model.compute_dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(hardware.backend.device_type, enabled=fp16)
+        self.loss_scale = LossScale() if model.compute_dtype == torch.float16 else None
 
     def step(self, batches: Sequence[Batch], learning_rate_scale: float) -> StepResult:
         """Train on one step's micro-batches, at this share of each part's peak learning rate.
@@ -76,17 +76,22 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_scale
         loss = self._accumulate(batches)
-        self.scaler.unscale_(self.optimizer)
+        if self.loss_scale is not None:
+            self.loss_scale.unscale_(self.trained.values())
         grad_norm = self._clip()
         # The one place where the host waits for the device: whether to update must be known before updating.
         result = StepResult(float(loss), float(grad_norm))
-        if not math.isfinite(result.loss) or (not math.isfinite(result.grad_norm) and not self.scaler.is_enabled()):
+        overflowed = not math.isfinite(result.grad_norm)
+        if not math.isfinite(result.loss) or (overflowed and self.loss_scale is None):
             self.optimizer.zero_grad()
             raise TrainingError(self._describe_failure(result, batches))
-        self.scaler.step(self.optimizer)  # skips the update by itself where fp16 gradients overflowed
-        self.scaler.update()
+        if not overflowed:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return result if math.isfinite(result.grad_norm) else self._overflowed(result)
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflowed=overflowed)
+            check_scale(self.loss_scale)
+        return replace(result, skipped=overflowed)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What learns and what the optimizer knows: tensors by logical name, and JSON values. Nothing frozen."""
@@ -95,7 +100,7 @@ class TorchEngine:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
         rng = {f"rng.{name}": state for name, state in self.hardware.backend.rng.state().items()}
-        return tensors | rng, {"loss_scale": self.scaler.state_dict()}
+        return tensors | rng, {"loss_scale": {} if self.loss_scale is None else asdict(self.loss_scale)}
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Return to a state, bit for bit.
@@ -116,7 +121,8 @@ class TorchEngine:
         self.hardware.backend.rng.load_state(
             {key.removeprefix("rng."): value for key, value in tensors.items() if key.startswith("rng.")}
         )
-        self.scaler.load_state_dict(state["loss_scale"])
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale(**state["loss_scale"])
 
     def _load_moments(self, moments: Mapping[str, dict[str, Tensor]]) -> None:
         """Through the optimizer's own loading, which knows where each of its values must live."""
@@ -129,7 +135,7 @@ class TorchEngine:
         total = torch.zeros((), device=self.hardware.device)
         for batch, weights in zip(batches, label_weights(self.loss, batches), strict=True):
             loss = self.model(batch.to(self.hardware.device), weights.to(self.hardware.device, non_blocking=True))
-            self.scaler.scale(loss).backward()
+            (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
             total += loss.detach()
         return total
 
@@ -138,14 +144,6 @@ class TorchEngine:
         if self.clip_norm is None:
             return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-
-    def _overflowed(self, result: StepResult) -> StepResult:
-        if self.scaler.get_scale() < MIN_LOSS_SCALE:
-            raise TrainingError(
-                f"fp16 gradients overflow even at a loss scale of {self.scaler.get_scale()}; lower the learning rate, "
-                "or train in bf16 or fp32 (train.precision)."
-            )
-        return StepResult(result.loss, result.grad_norm, skipped=True)
 
     def _describe_failure(self, result: StepResult, batches: Sequence[Batch]) -> str:
         ids = self._non_finite_samples(batches)
@@ -183,3 +181,12 @@ class TorchEngine:
                 f"the checkpoint trains other parameters than this run; {len(differing)} differ, the first: "
                 f"{', '.join(differing[:5])}. Resume with the config it was made with, or use another output folder."
             )
+
+
+def check_scale(loss_scale: LossScale) -> None:
+    """Raises TrainingError for a scale at which nothing but a diverged run overflows."""
+    if loss_scale.scale < MIN_LOSS_SCALE:
+        raise TrainingError(
+            f"fp16 gradients overflow even at a loss scale of {loss_scale.scale}; lower the learning rate, or train in "
+            "bf16 or fp32 (train.precision)."
+        )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava_core.data.batch import Example
+from llava_core.engine.loss_scale import LossScale
 from llava_core.engine.torch_engine import TorchEngine
 from llava_core.errors import TrainingError
 from tests.unit.engine.support import batches, engine, examples, hf_model
@@ -100,10 +101,11 @@ def test_fp16_overflow_skips_the_update_halves_the_scale_and_recovers() -> None:
     trained = engine(model, spec, dtype=torch.float16)
     step = batches(examples(spec), [8])
     overflowing(trained, 1)
-    before, scale = everything(trained), trained.scaler.get_scale()
+    assert trained.loss_scale is not None
+    before, scale = everything(trained), trained.loss_scale.scale
     first = trained.step(step, 1.0)
     assert first.skipped
-    assert trained.scaler.get_scale() == scale / 2
+    assert trained.loss_scale.scale == scale / 2
     after = everything(trained)
     assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("optimizer."))
     second = trained.step(step, 1.0)
@@ -119,7 +121,7 @@ def test_the_loss_scale_does_not_change_the_update() -> None:
     results = []
     for scale in (2.0**8, 2.0**12):  # powers of two: exact, as long as nothing overflows or underflows
         trained = engine(model, spec, dtype=torch.float16)
-        trained.scaler.load_state_dict(trained.scaler.state_dict() | {"scale": scale})
+        trained.loss_scale = LossScale(scale)
         results.append(trained.step(step, 1.0).grad_norm)
     assert results[0] == pytest.approx(results[1], rel=1e-3)
 
@@ -129,7 +131,7 @@ def test_fp16_that_overflows_at_any_scale_stops_the_run() -> None:
     trained = engine(model, spec, dtype=torch.float16)
     overflowing(trained, 10**6)
     step = batches(examples(spec), [8])
-    while trained.scaler.get_scale() > 1:
+    while trained.loss_scale is not None and trained.loss_scale.scale > 1:
         assert trained.step(step, 1.0).skipped
     with pytest.raises(TrainingError, match="overflow even at a loss scale of 0.5"):
         trained.step(step, 1.0)
