@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,14 @@ def test_a_program_can_tell_that_it_is_simulated() -> None:
 def test_torch_names_the_device() -> None:
     assert torch.accelerator.current_accelerator() == torch.device("npu")
     assert torch.npu.get_device_name(0) == "Ascend910B2"
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,1", 2), ("1", 1), ("1,0", 0), ("0,0", 0), ("2", 0), ("0;1", 0)])
+def test_visible_devices_must_exist_and_ascend(visible: str, count: int) -> None:
+    environment = {**os.environ, "ASCEND_SIMULATOR_DEVICES": "2", "ASCEND_RT_VISIBLE_DEVICES": visible}
+    program = "import torch; print(torch.npu.device_count())"
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert int(found.stdout) == count
 
 
 def test_memory_statistics_rise_and_fall() -> None:

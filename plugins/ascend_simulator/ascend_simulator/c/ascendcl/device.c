@@ -27,10 +27,25 @@ const char *aclGetRecentErrMsg(void) { return last_message; }
 
 int simulator_current_device(void) { return current_device; }
 
-static int device_count(void) {
+static int installed_devices(void) {
     const char *text = getenv("ASCEND_SIMULATOR_DEVICES");
     int count = text ? atoi(text) : 1;
     return count < 0 ? 0 : count > MAX_DEVICES ? MAX_DEVICES : count;
+}
+
+// As CANN's runtime reads the user's choice: numbers of devices that exist, in ascending order, or no device at all.
+static int device_count(void) {
+    const char *chosen = getenv("ASCEND_RT_VISIBLE_DEVICES");
+    int installed = installed_devices(), count = 0;
+    if (!chosen) return installed;
+    for (long previous = -1;; chosen++) {
+        char *end;
+        long number = strtol(chosen, &end, 10);
+        if (end == chosen || number <= previous || number >= installed) return 0;
+        count++, previous = number, chosen = end;
+        if (*chosen == '\0') return count;
+        if (*chosen != ',') return 0;
+    }
 }
 
 acl_status aclrtGetDeviceCount(uint32_t *count) {
