@@ -36,7 +36,17 @@ class WeightsError(LlavaError, ValueError):
 
 
 class PluginError(LlavaError):
-    """A plugin that cannot be loaded, or two that claim one name."""
+    """A plugin that cannot be loaded or that breaks its contract, or two that claim one name.
+
+    Attributes:
+        reason: what is wrong with whose plugin; listings show it alone.
+        details: the traceback of the plugin's own code, if it raised; told to whoever asked for the plugin.
+    """
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(f"{reason}\n{details}" if details else reason)
+        self.reason = reason
+        self.details = details
 
 
 class BackendUnavailable(LlavaError):

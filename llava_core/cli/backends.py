@@ -18,29 +18,41 @@ if TYPE_CHECKING:
 
 def backends(
     name: Annotated[str | None, typer.Argument(help="Show this backend's kernels, and which a 7B would get.")] = None,
+    patches: Annotated[
+        bool, typer.Option("--patches", help="Show what this backend changes in other libraries, and why.")
+    ] = False,
 ) -> None:
     """Show each backend: available or the reason why not, its devices, its kernels, and which would be chosen."""
     from rich.console import Console
 
+    from llava_core.cli.patches import patch_table
+    from llava_core.engine.hardware import build_backend, vendor_code
+    from llava_core.errors import ConfigError
     from llava_core.plugins import Registry
 
     registry, console = Registry.discover(), Console()
+    if name is None and patches:
+        raise ConfigError("--patches is given without a backend; expected `llava-core backends NAME --patches`")
     if name is None:
         console.print(_overview(registry))
         for failure in registry.failures:
             console.print(f"not loaded: {failure}", markup=False)
         console.print("`llava-core backends NAME` says why each kernel would be chosen or not.", style="dim")
         return
-    backend = registry.load("backend", name)()
-    console.print(_kernels(backend))
-    console.print(_choice(backend))
+    backend = build_backend(name, registry)
+    with vendor_code(name, registry, "listing its patches" if patches else "listing its kernels"):
+        tables = [patch_table(p) for p in backend.patches()] if patches else [_kernels(backend), _choice(backend)]
+    if not tables:
+        console.print(f"{name} patches no other library.")
+    for table in tables:
+        console.print(table)
 
 
 def _overview(registry: Registry) -> Table:
     """A row a backend; of each op's kernels the one that a 7B would get is marked."""
     from rich.table import Table
 
-    from llava_core.engine.hardware import probe_all
+    from llava_core.engine.hardware import build_backend, probe_all, vendor_code
     from llava_core.errors import PluginError
 
     table = Table(title="backends", title_justify="left", show_lines=True)
@@ -52,9 +64,11 @@ def _overview(registry: Registry) -> Table:
             for d in probe.devices
         )
         try:
-            kernels = _kernels_by_op(registry.load("backend", name)())
+            backend = build_backend(name, registry)
+            with vendor_code(name, registry, "listing its kernels"):
+                kernels = _kernels_by_op(backend)
         except PluginError as error:
-            kernels = str(error)
+            kernels = "" if error.reason == probe.reason else error.reason
         available = f"{'yes' if probe.available else 'no'}: {probe.reason}"
         table.add_row(name, escape(available + devices), escape(kernels))
     return table

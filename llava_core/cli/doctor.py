@@ -104,21 +104,22 @@ def _try_import(library: str, environment: dict[str, str] | None = None) -> str 
 
 
 def _plugins() -> Iterator[Finding]:
-    from llava_core.engine.hardware import probe_all
+    from llava_core.engine.hardware import load_backend, probe_backend, vendor_code
     from llava_core.errors import PluginError
     from llava_core.plugins import Registry
 
     registry = Registry.discover()
     for failure in registry.failures:
-        fix = f"update or uninstall {failure.distribution}"
-        yield Finding(f"plugin {failure.plugin}", False, failure.reason, fix)
-    for name, probe in probe_all(registry).items():
-        yield Finding(f"backend {name}", True, f"{'available' if probe.available else 'not available'}: {probe.reason}")
+        yield Finding(f"plugin {failure.plugin}", False, failure.reason, f"update or uninstall {failure.distribution}")
+    for name, offer in registry.offers("backend").items():
         try:
-            diagnoses = registry.load("backend", name).diagnostics()
+            probe = probe_backend(name, registry)
+            with vendor_code(name, registry, "diagnostics()"):
+                diagnoses = list(load_backend(name, registry).diagnostics())
         except PluginError as error:
-            yield Finding(f"backend {name}", False, str(error), "update or uninstall its package")
+            yield Finding(f"backend {name}", False, error.reason, f"update or uninstall {offer.distribution}")
             continue
+        yield Finding(f"backend {name}", True, f"{'available' if probe.available else 'not available'}: {probe.reason}")
         for diagnosis in diagnoses:
             yield Finding(diagnosis.subject, diagnosis.ok, diagnosis.found, diagnosis.fix)
 

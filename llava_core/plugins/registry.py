@@ -6,7 +6,7 @@ import difflib
 import importlib
 import re
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -84,15 +84,18 @@ class Registry:
         if len(offers) > 1:
             raise PluginError(_conflict_message(kind, name, offers))
         if not offers:
-            raise PluginError(self._unknown_message(kind, name))
-        offer = offers[0]
+            raise self._unknown_error(kind, name)
+        address = offers[0].contribution.load
         try:
-            return resolve(offer.contribution.load)
-        except Exception as error:
-            raise PluginError(
-                f"{kind} {name!r} of plugin {offer.plugin!r} ({offer.distribution}) cannot be imported from "
-                f"{offer.contribution.load}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
-            ) from error
+            return resolve(address)
+        except (Exception, SystemExit) as error:
+            reason = f"{self.label(kind, name)} cannot be imported from {address}: {type(error).__name__}: {error}"
+            raise PluginError(reason, traceback.format_exc()) from error
+
+    def label(self, kind: str, name: str) -> str:
+        """A usable offer as messages name it: what it is and whose."""
+        offer = self.offers(kind)[name]
+        return f"{kind} {name!r} of plugin {offer.plugin!r} ({offer.distribution})"
 
     def _load(self, entry_point: metadata.EntryPoint) -> None:
         distribution = _distribution_label(entry_point)
@@ -100,13 +103,15 @@ class Registry:
         try:
             module = entry_point.load()
             self._manager.register(module, name=label)
-            self._manager.check_pending()
+            self._check_hooks(module, entry_point.value)
             contributions = self._collect(module)
-        except Exception as error:  # the plugin boundary: whatever a vendor's import raises is reported, not spread
+        except (Exception, SystemExit) as error:  # the plugin boundary: what a vendor's import does stays its own
             if self._manager.has_plugin(label):
                 self._manager.unregister(name=label)
-            reason = f"{type(error).__name__}: {error}"
-            self._record(entry_point, reason, traceback.format_exc())
+            if isinstance(error, PluginError):  # ours, and it says all
+                self._record(entry_point, error.reason, error.details)
+            else:
+                self._record(entry_point, f"{type(error).__name__}: {error}", traceback.format_exc())
             return
         for kind, contribution in contributions:
             offers = self._offers[kind].setdefault(contribution.name, [])
@@ -124,7 +129,7 @@ class Registry:
             hook = self._manager.subset_hook_caller(
                 hook_name, [p for p in self._manager.get_plugins() if p is not module]
             )
-            for contribution in (c for result in hook() for c in result):
+            for contribution in _contributions(hook_name, hook()):
                 if contribution.api_version != API_VERSION:
                     raise PluginError(
                         f"{kind} {contribution.name!r} was written for plugin API {contribution.api_version}; this "
@@ -133,18 +138,26 @@ class Registry:
                 collected.append((kind, contribution))
         return collected
 
-    def _unknown_message(self, kind: str, name: str) -> str:
+    def _check_hooks(self, module: Any, address: str) -> None:
+        """Every hook that is marked exists, and one is: a plugin that would do nothing has been written by mistake."""
+        known = [name for name in vars(hookspecs) if self._manager.parse_hookspec_opts(hookspecs, name) is not None]
+        found = {name: self._manager.parse_hookimpl_opts(module, name) for name in dir(module)}
+        marked = [options.get("specname") or name for name, options in found.items() if options is not None]
+        if not marked:
+            raise PluginError(f"{address} registers nothing: mark one of {', '.join(known)} with hookimpl")
+        for name in marked:
+            if name not in known:
+                raise PluginError(_unknown("hook", name, known))
+
+    def _unknown_error(self, kind: str, name: str) -> PluginError:
         # A plugin that did not load cannot say what it offers; its entry point usually has the name in it.
         word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])")
-        suspects = [f for f in self.failures if f.details and word.search(f"{f.plugin} {f.address}")]
+        suspects = [f for f in self.failures if word.search(f"{f.plugin} {f.address} {f.distribution}")]
         if suspects:
-            told = "\n".join(f"{failure}\n{failure.details}" for failure in suspects)
-            return f"{kind} {name!r} is not usable: {told}"
-        known = self.names(kind)
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+            reason = f"{kind} {name!r} is not usable: {'; '.join(map(str, suspects))}"
+            return PluginError(reason, "\n".join(failure.details for failure in suspects))
         broken = "".join(f"\n  not loaded: {failure}" for failure in self.failures)
-        return f"unknown {kind} {name!r}; there are: {', '.join(known) or 'none'}.{hint}{broken}"
+        return PluginError(_unknown(kind, name, self.names(kind)) + broken)
 
 
 def resolve(address: str) -> Any:
@@ -156,6 +169,19 @@ def resolve(address: str) -> Any:
 def _distribution_label(entry_point: metadata.EntryPoint) -> str:
     dist = entry_point.dist
     return f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
+
+
+def _contributions(hook_name: str, results: Iterable[Any]) -> Iterator[Contribution]:
+    for result in results:
+        if not isinstance(result, Sequence) or not all(isinstance(c, Contribution) for c in result):
+            raise PluginError(f"{hook_name} returned {result!r}; expected a list of llava_core.plugins.Contribution")
+        yield from result
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {name!r}; there are: {', '.join(known) or 'none'}.{hint}"
 
 
 def _conflict_message(kind: str, name: str, offers: list[Offer]) -> str:
