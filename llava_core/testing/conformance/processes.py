@@ -40,14 +40,14 @@ def checks(subject: Subject) -> Iterator[Check]:
 def _check_import(subject: Subject) -> str:
     if subject.plugin_module is None:
         raise CheckSkipped("no plugin registers this backend")
-    loaded = _answers(_start("import_plugin", {"module": subject.plugin_module}))[0]
+    loaded = answers(start("import_plugin", {"module": subject.plugin_module}))[0]
     if loaded:
         raise CheckFailed(f"importing {subject.plugin_module} loads {', '.join(loaded)}")
     return subject.plugin_module
 
 
 def _check_probe(subject: Subject) -> str:
-    found = _answers(_start("probe", {"backend": subject.address}))[0]
+    found = answers(start("probe", {"backend": subject.address}))[0]
     if not found["reason"].strip():
         raise CheckFailed("the probe gives no reason")
     if found["context"]:
@@ -62,23 +62,24 @@ def _check_collectives(subject: Subject, size: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         common = {"backend": subject.address, "size": size, "store": str(Path(folder) / "store")}
         added = type(subject.backend).launch_env(World(size), os.environ)
-        answers = _answers(*(_start("collectives", common | {"rank": rank}, added) for rank in range(size)))
-    for rank, wrong in enumerate(answers):
+        found = answers(*(start("collectives", common | {"rank": rank}, added) for rank in range(size)))
+    for rank, wrong in enumerate(found):
         for dtype, what in wrong.items():
             if what:
                 raise CheckFailed(f"process {rank}: wrong {what} in {dtype}")
-    return ", ".join(answers[0])
+    return ", ".join(found[0])
 
 
-def _start(
+def start(
     task: str, arguments: dict[str, Any], added: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.Popen[str]:
+    """Begin one of worker.py's tasks in a process of its own, whose environment has `added`."""
     environment = {**os.environ, **added, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", WORKER, task, json.dumps(arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def _answers(*processes: subprocess.Popen[str]) -> list[Any]:
+def answers(*processes: subprocess.Popen[str]) -> list[Any]:
     """What each process printed last. None outlives this call."""
     try:
         outputs = [process.communicate(timeout=TIMEOUT_SECONDS) for process in processes]

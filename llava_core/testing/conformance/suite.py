@@ -14,12 +14,12 @@ from llava_core.engine.hardware import HOST
 from llava_core.errors import BackendUnavailable, ConfigError
 from llava_core.plugins import Registry
 from llava_core.plugins.hookspecs import GROUP
-from llava_core.testing.conformance import hardware, kernels, ladder, masks, processes, refusal
+from llava_core.testing.conformance import hardware, kernels, ladder, masks, patching, processes, refusal
 from llava_core.testing.conformance.check import Check, CheckSkipped, run_check
 from llava_core.testing.conformance.result import Certificate, Result
 from llava_core.testing.conformance.subject import Subject
 
-TOPICS = (kernels, masks, refusal, hardware, processes, ladder)
+TOPICS = (kernels, masks, refusal, hardware, processes, patching, ladder)
 
 
 def build_subject(backend: Backend, registry: Registry) -> Subject:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
+MISSING = object()
 HEAVY = ("torch", "transformers", "numpy")
 
 
@@ -69,10 +70,34 @@ def collectives(arguments: Mapping[str, Any]) -> dict[str, str]:
     return wrong
 
 
+def patch(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply and undo a patch: why it was refused, whether its target changed, and what was not as before in the end."""
+    from llava_core.errors import PatchRefused
+    from llava_core.plugins.registry import resolve
+
+    backend = resolve(arguments["backend"])()
+    backend.open(0, threads=1, deterministic=True)
+    (chosen,) = [patch for patch in backend.patches() if patch.name == arguments["patch"]]
+    chosen.load()
+    address, _, attribute = chosen.target.rpartition(".")
+    owner = resolve(address)
+    before, refused, changed = dict(vars(owner)), "", False
+    try:
+        undo = chosen.apply()
+        changed = vars(owner).get(attribute) is not before.get(attribute)
+        undo()
+    except PatchRefused as reason:
+        refused = str(reason)
+    after = vars(owner)
+    left = [name for name in before | after if before.get(name, MISSING) is not after.get(name, MISSING)]
+    return {"refused": refused, "changed": changed, "left": sorted(left)}
+
+
 TASKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "import_plugin": import_plugin,
     "probe": probe,
     "collectives": collectives,
+    "patch": patch,
 }
 
 if __name__ == "__main__":

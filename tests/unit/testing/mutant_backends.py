@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava_core.backend import DistSpec, KernelSpec, PrecisionCaps, Probe
+from llava_core.backend import DistSpec, KernelSpec, Patch, PrecisionCaps, Probe, Yes
+from llava_core.backend.patches import Undo
+from llava_core.errors import PatchRefused
 from llava_cpu.backend import CpuBackend, CpuMemory, CpuRng
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,3 +130,59 @@ def with_part(**parts: Any) -> CpuBackend:
     for name, part in parts.items():
         setattr(backend, name, part)
     return backend
+
+
+class Library:
+    """Stands for another library's class."""
+
+    def answer(self) -> int:
+        return 41
+
+
+class Patching(CpuBackend):
+    """Patches `Library.answer`, and without a defect."""
+
+    def patches(self) -> Sequence[Patch]:
+        target = f"{__name__}:Library.answer"
+        text = {"why": "41 is wrong", "source": "this file", "remove_when": "it says 42"}
+        return [Patch(name="answer", target=target, applies=Yes, load=lambda: None, apply=self.apply, **text)]
+
+    def apply(self) -> Undo:
+        original = Library.answer
+        Library.answer = lambda library: original(library) + 1  # type: ignore[method-assign]
+        return partial(setattr, Library, "answer", original)
+
+
+class RefusingPatch(Patching):
+    def apply(self) -> Undo:
+        raise PatchRefused("expected 41; found 40")
+
+
+class PatchNotUndone(Patching):
+    """Its undo brings the old answer back, but not the old method."""
+
+    def apply(self) -> Undo:
+        original, _ = Library.answer, super().apply()
+        return partial(setattr, Library, "answer", lambda library: original(library))
+
+
+class PatchLeavesMore(Patching):
+    def apply(self) -> Undo:
+        Library.asked = 1  # type: ignore[attr-defined]
+        return super().apply()
+
+
+class PatchRefusedTooLate(Patching):
+    def apply(self) -> Undo:
+        super().apply()
+        raise PatchRefused("expected 41; found 40")
+
+
+class PatchBreaks(Patching):
+    def apply(self) -> Undo:
+        raise AttributeError("type object 'Library' has no attribute 'reply'")
+
+
+class PatchWithoutEffect(Patching):
+    def apply(self) -> Undo:
+        return lambda: None

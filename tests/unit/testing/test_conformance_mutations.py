@@ -242,8 +242,23 @@ def test_a_kernel_that_waits_for_the_device_is_caught(monkeypatch: pytest.Monkey
         ("plugin.probe", mutant_backends.SilentProbe, "no reason"),
         ("collectives.alone", mutant_backends.SumsWhatItCannot, ""),
         ("collectives.pair", mutant_backends.SumsWhatItCannot, ""),
+        ("patches.apply_and_undo", mutant_backends.PatchNotUndone, "changed in answer"),
+        ("patches.apply_and_undo", mutant_backends.PatchLeavesMore, "changed in asked"),
+        ("patches.apply_and_undo", mutant_backends.PatchRefusedTooLate, "changed in answer"),
+        ("patches.apply_and_undo", mutant_backends.PatchBreaks, "no attribute 'reply'"),
+        ("patches.apply_and_undo", mutant_backends.PatchWithoutEffect, "does not change"),
     ],
-    ids=["raises", "silent", "alone", "pair"],
+    ids=[
+        "raises",
+        "silent",
+        "alone",
+        "pair",
+        "not undone",
+        "leaves more",
+        "refused too late",
+        "breaks",
+        "without effect",
+    ],
 )
 def test_a_defect_in_a_fresh_process_fails_its_check(check: str, backend: type[Backend], message: str) -> None:
     (failure,) = failures(subject(backend()), lambda n, _: n == check)
@@ -267,7 +282,7 @@ def test_every_check_has_a_defect_that_fails_it() -> None:
     kernels = set().union(*(expected for _, _, expected in KERNELS))
     backends = {check.partition("[")[0] for check, _, _ in BACKENDS}
     apart = {"kernel.accumulation", "refusal.reasons", "kernel.listed", "plugin.probe", "plugin.import", "sync.step"}
-    apart |= {"collectives.alone", "collectives.pair"}
+    apart |= {"collectives.alone", "collectives.pair", "patches.apply_and_undo"}
     registry = Registry.discover()
     names = {check.name for check in all_checks(subject(registry.load("backend", "cpu")()))}
     assert names == kernels | backends | apart
