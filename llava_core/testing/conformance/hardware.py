@@ -173,12 +173,22 @@ def _check_sync(subject: Subject) -> str:
     batches = [(batch.to(device), weights.to(device)) for batch, weights in ladder.micro_batches(0)]
     ladder.backward(batches)  # what is made once, on first use, may wait
     subject.backend.synchronize()
-    before = get_mode()
+    before, value = get_mode(), torch.ones((), device=device)
     set_mode("error")
     try:
+        if not _raises_on_a_wait(value):
+            raise CheckSkipped(f"asked to raise where a value is read back, PyTorch does not on {device.type!r}")
         ladder.backward(batches)
     except RuntimeError as error:
         raise CheckFailed(f"the step waits for the device: {error}") from error
     finally:
         set_mode(before)
     return ""
+
+
+def _raises_on_a_wait(value: Tensor) -> bool:
+    try:
+        value.item()
+    except RuntimeError:
+        return True
+    return False
