@@ -17,6 +17,7 @@ def install_overrides(aten: torch.library.Library, soc_name: str) -> None:
     aten.impl("_fused_adamw_", build_kernel(adamw, fused_adamw, soc_name), "PrivateUse1", allow_override=True)
     for key in ("PrivateUse1", "AutogradPrivateUse1"):
         aten.impl("scaled_dot_product_attention", scaled_dot_product_attention, key, allow_override=True)
+        aten.impl("softmax.int", softmax, key, allow_override=True)
 
 
 def matmul_backward(grad: Tensor, left: Tensor, right: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
@@ -49,3 +50,8 @@ def scaled_dot_product_attention(
     return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """torch's own composition: torch_npu's looks for aclnnSoftmax first, and on Ascend 950 accepts nothing else."""
+    return torch.ops.aten._softmax(input if dtype is None else input.to(dtype), dim, False)

@@ -177,6 +177,24 @@ print((x @ x).sum().item(), torch_npu.npu_rms_norm(x, x[0])[0].shape)
 
 
 @needs_torch_npu
+@pytest.mark.parametrize("soc", ["910A", "910B", "950"])
+def test_softmax_passes_the_dispatcher_on_every_chip(soc: str) -> None:
+    """On Ascend 950 torch_npu's own composition of it takes aclnn or nothing."""
+    code = (
+        "x = torch.randn(3, 5, device='npu', requires_grad=True)\n"
+        "y = x.softmax(-1)\n"
+        "y[:, 0].sum().backward()\n"
+        "p = y.detach().cpu()\n"
+        "expected = p[:, :1] * (torch.eye(5)[:1] - p)\n"
+        "assert torch.allclose(x.grad.cpu(), expected, atol=1e-6)\n"
+        "assert x.half().softmax(-1, dtype=torch.float32).dtype == torch.float32\n"
+        "print('done')"
+    )
+    done = run_python("import torch\n" + code, "--soc", soc)
+    assert done.stdout.split() == ["done"], done.stderr
+
+
+@needs_torch_npu
 @pytest.mark.parametrize(
     ("soc", "name", "has_bf16"),
     [("910A", "Ascend910A", False), ("910C", "Ascend910_9392", True), ("950", "Ascend950PR_9579", True)],
