@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from llava_core.backend import No, Patch, Yes
-from llava_core.backend.kernels import Verdict, is_installed
+from llava_core.backend.kernels import Verdict
 from llava_core.errors import PatchRefused
 from llava_npu.mindspeed.mask import guard
 from llava_npu.mindspeed.probe import build_local, build_te, check_behaviour
 from llava_npu.mindspeed.recognition import Link, module_file, require_chain, require_sources
 
 ADAPTOR = "mindspeed.megatron_adaptor"
+MEGATRON = "megatron.core.package_info"
 MEGATRON_VERSION = "0.12.1"
 
 
@@ -69,9 +72,9 @@ def applies(attention: Attention) -> Verdict:
     Raises:
         PatchRefused: they are, in versions that are not known.
     """
-    for module in ("mindspeed", "megatron.core"):
-        if not is_installed(module):
-            return No(f"{module} is not installed")
+    for package, module in (("MindSpeed", ADAPTOR), ("megatron-core", MEGATRON)):
+        if module_file(module) is None:
+            return No(f"{package} is not installed")
     _require_megatron()
     require_sources(attention.chain)
     return Yes()
@@ -98,11 +101,8 @@ def apply(attention: Attention) -> Callable[[], None]:
     if ADAPTOR not in sys.modules:
         raise PatchRefused(f"{ADAPTOR} is not imported in this process; expected MindSpeed to have adapted megatron")
     _require_megatron()
-    owner = getattr(importlib.import_module(attention.module), attention.name)
-    require_chain(owner.forward, attention.chain)
-    original = vars(owner).get("forward")
-    if original is None:
-        raise PatchRefused(f"{attention.module}:{attention.name} inherits its forward; expected one of its own")
+    owner, original = _find(attention)
+    require_chain(original, attention.chain)
     with ExitStack() as on_failure:
         on_failure.callback(setattr, owner, "forward", original)
         owner.forward = guard(original)
@@ -111,19 +111,30 @@ def apply(attention: Attention) -> Callable[[], None]:
     return partial(setattr, owner, "forward", original)
 
 
+def _find(attention: Attention) -> tuple[Any, Callable[..., Any]]:
+    """The class, and the forward that it has of its own."""
+    try:
+        owner = getattr(importlib.import_module(attention.module), attention.name)
+        return owner, vars(owner)["forward"]
+    except (ImportError, AttributeError, TypeError, KeyError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise PatchRefused(f"expected a class {attention.module}:{attention.name} with a forward; {found}") from error
+
+
 def _check(owner: Any, attention: Attention) -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
 
     try:
-        check_behaviour(attention.build(owner, AttnMaskType), AttnMaskType, PackedSeqParams)
+        build = attention.build(owner, AttnMaskType)
+        check_behaviour(build, AttnMaskType, PackedSeqParams, torch.device("npu"))
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise PatchRefused(f"{attention.name} cannot be probed: {type(error).__name__}: {error}") from error
 
 
 def _require_megatron() -> None:
     """That megatron-core is of the version that MindSpeed was written for, read from its source."""
-    path = module_file("megatron.core.package_info")
+    path = module_file(MEGATRON)
     tree = ast.parse("" if path is None else path.read_text(encoding="utf-8"))
     numbers = {
         target.id: str(node.value.value)

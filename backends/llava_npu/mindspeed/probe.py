@@ -20,12 +20,15 @@ TOLERANCE = 0.02
 moves one of them by more than 0.2."""
 
 
-def check_behaviour(build: Callable[[str], nn.Module], mask_types: Any, packed_type: Callable[..., Any]) -> None:
+def check_behaviour(
+    build: Callable[[str], nn.Module], mask_types: Any, packed_type: Callable[..., Any], device: torch.device
+) -> None:
     """A mask of the caller, packed samples, another mask of the same shape, none, and no request, one after the other.
 
     Args:
         build: a layer of N heads of dim H, of the named mask type, on whose class the guard lies.
         mask_types, packed_type: megatron's `AttnMaskType` and `PackedSeqParams`.
+        device: where the layer computes.
 
     Raises:
         PatchRefused: a result is not attention with the mask asked for, or something was left in the config.
@@ -38,8 +41,8 @@ def check_behaviour(build: Callable[[str], nn.Module], mask_types: Any, packed_t
     def ask(
         layer: nn.Module, mask: Tensor | None, call_type: str, packed: Any = None, row: Any = slice(None)
     ) -> Tensor:
-        inputs = (x[:, row].to("npu") for x in (query, key, value))
-        on_device = None if mask is None else mask.to("npu")
+        inputs = (x[:, row].to(device) for x in (query, key, value))
+        on_device = None if mask is None else mask.to(device)
         out: Tensor = layer(*inputs, on_device, mask_types[call_type], packed_seq_params=packed)
         return out.float().cpu()
 
