@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from llava_core.backend import (
     DistSpec,
     KernelSpec,
     Memory,
+    Patch,
     PrecisionCaps,
     Probe,
     Rng,
@@ -24,9 +28,10 @@ from llava_core.config.schema import RunConfig
 from llava_core.errors import BackendUnavailable
 from llava_npu import devices, launching, probing
 from llava_npu.kernels import KERNELS
+from llava_npu.mindspeed import PATCHES
 
 
-def torch_npu() -> Any:
+def npu_module() -> Any:
     """The module `torch.npu`, which exists once torch_npu is imported."""
     return torch.get_device_module("npu")
 
@@ -35,13 +40,13 @@ class NpuMemory(Memory):
     """What torch_npu's caching allocator handed out on the current device; what it holds in reserve is not counted."""
 
     def peak_bytes(self) -> int:
-        return int(torch_npu().max_memory_allocated())
+        return int(npu_module().max_memory_allocated())
 
     def reset_peak(self) -> None:
-        torch_npu().reset_peak_memory_stats()
+        npu_module().reset_peak_memory_stats()
 
     def total_bytes(self) -> int:
-        return int(torch_npu().get_device_properties(torch_npu().current_device()).total_memory)
+        return int(npu_module().get_device_properties(npu_module().current_device()).total_memory)
 
 
 class NpuRng(Rng):
@@ -51,15 +56,15 @@ class NpuRng(Rng):
         torch.manual_seed(seed)  # seeds every device's generator as well
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        return {"host": torch.get_rng_state(), "npu": torch_npu().get_rng_state()}
+        return {"host": torch.get_rng_state(), "npu": npu_module().get_rng_state()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """A state taken on other hardware has no `npu`: the device is then seeded with the host's own seed."""
         torch.set_rng_state(state["host"])
         if "npu" in state:
-            torch_npu().set_rng_state(state["npu"])
+            npu_module().set_rng_state(state["npu"])
         else:
-            torch_npu().manual_seed(torch.initial_seed())
+            npu_module().manual_seed(torch.initial_seed())
 
 
 class NpuBackend(Backend):
@@ -104,12 +109,12 @@ class NpuBackend(Backend):
         torch.use_deterministic_algorithms(deterministic)  # torch_npu passes it on to its operators and to HCCL
         keep_fp32_exact()
         device = torch.device("npu", local_rank)
-        torch_npu().set_device(device)
+        npu_module().set_device(device)
         use_built_operators()
         return device
 
     def synchronize(self) -> None:
-        torch_npu().synchronize()
+        npu_module().synchronize()
 
     @property
     def dist(self) -> DistSpec:
@@ -134,12 +139,32 @@ class NpuBackend(Backend):
         sharded ones cannot be."""
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
+    def patches(self) -> Sequence[Patch]:
+        return PATCHES
+
+    def profiler(self, folder: Path) -> AbstractContextManager[object]:
+        """torch_npu's own profiler, which alone sees the device."""
+        module = import_module("torch_npu").profiler
+        level = module._ExperimentalConfig(profiler_level=module.ProfilerLevel.Level1)
+        activities = [module.ProfilerActivity.CPU, module.ProfilerActivity.NPU]
+        handler = module.tensorboard_trace_handler(str(folder))
+        found = module.profile(activities=activities, on_trace_ready=handler, experimental_config=level)
+        assert isinstance(found, AbstractContextManager)
+        return found
+
     def check_config(self, config: object) -> list[ConfigProblem]:
-        """`train.compile` needs Triton for Ascend; precision and kernels are checked where they are chosen."""
-        if not isinstance(config, RunConfig) or not config.train.compile or find_spec("triton") is not None:
-            return []
-        remedy = "install triton-ascend, or set train.compile=false"
-        return [ConfigProblem("train.compile", "true", "triton, which is not installed", remedy)]
+        """`train.compile` needs Triton for Ascend, and the profiler a real device."""
+        problems: list[ConfigProblem] = []
+        if not isinstance(config, RunConfig):
+            return problems
+        if config.train.compile and find_spec("triton") is None:
+            remedy = "install triton-ascend, or set train.compile=false"
+            problems.append(ConfigProblem("train.compile", "true", "triton, which is not installed", remedy))
+        steps = config.log.profile_steps
+        if steps is not None and probing.gather().simulator is not None:
+            remedy = "leave it out"
+            problems.append(ConfigProblem("log.profile_steps", str(list(steps)), "a real NPU, not a simulator", remedy))
+        return problems
 
     @classmethod
     def diagnostics(cls) -> list[Diagnosis]:
@@ -149,7 +174,7 @@ class NpuBackend(Backend):
 def keep_fp32_exact() -> None:
     """fp32 means fp32: by default convolutions run in HF32 (11 bits of mantissa), and older chips multiply fp32
     matrices in fp16 (torch_npu's `npu_config.py`; CANN's documentation of ACL_PRECISION_MODE)."""
-    module = torch_npu()
+    module = npu_module()
     module.matmul.allow_hf32 = False
     module.conv.allow_hf32 = False
     module.set_option({"ACL_PRECISION_MODE": "must_keep_origin_dtype"})
@@ -161,7 +186,7 @@ def use_built_operators() -> None:
     Raises:
         BackendUnavailable: this CANN has none for this chip, and compiles all the same.
     """
-    module = torch_npu()
+    module = npu_module()
     module.set_compile_mode(jit_compile=False)
     if not module.is_jit_compile_false():
         raise BackendUnavailable(

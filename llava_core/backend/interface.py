@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -113,6 +115,10 @@ class Backend(ABC):
     def patches(self) -> Sequence[Patch]:
         """What this backend changes in libraries that are not its own; whoever loads such a library applies them."""
         return ()
+
+    def profiler(self, folder: Path) -> AbstractContextManager[object]:
+        """Records what host and device do; at its end it writes a trace into `folder`, for TensorBoard or Perfetto."""
+        return torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)))
 
     def check_config(self, config: object) -> list[ConfigProblem]:
         """Settings of a `RunConfig` that this backend cannot honour. Never changes the config."""

@@ -190,6 +190,15 @@ class LogConfig(Section):
 
     every_steps: PositiveInt = 1
     trackers: tuple[str, ...] = Field(("tensorboard",), description="registered trackers, beside metrics.jsonl")
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="the first and the last step to record for a trace viewer"
+    )
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> LogConfig:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps = {list(self.profile_steps)}: the first comes after the last")
+        return self
 
 
 class BackendConfig(Section):

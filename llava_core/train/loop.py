@@ -22,6 +22,7 @@ from llava_core.train.interrupt import StopRequest, stop_on_signals
 from llava_core.train.metrics import MetricsLog, StepMetrics, Tracker
 from llava_core.train.plots import plot_loss
 from llava_core.train.prepare import EXPORT_FOLDER, Run, prepare
+from llava_core.train.profiling import StepProfiler
 from llava_core.weights.export import export_model
 
 
@@ -106,6 +107,8 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
         log = stack.enter_context(closing(MetricsLog(config.output, done)))
         trackers = [stack.enter_context(closing(t)) for t in build_trackers(config, registry)]
         bar = stack.enter_context(report.progress_bar(console, total, done, config.output.name))
+        backend = run.hardware.backend
+        profiler = stack.enter_context(closing(StepProfiler(backend, config.output, config.log.profile_steps)))
         while done < total and not stop:
             start = time.perf_counter()
             step, data_seconds = next(timed_steps)
@@ -115,7 +118,9 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
             if not shown:
                 shown = True
                 report.print_first_sample(run, step, console)
+            profiler.before(done)
             result = run.engine.step(step.batches, run.schedule.scale(done - 1))
+            profiler.after(done)
             if done % config.log.every_steps == 0 or done == total:
                 metrics = measure(run, step, result, done, data_seconds, time.perf_counter() - start)
                 log.log(metrics)

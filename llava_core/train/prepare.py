@@ -214,6 +214,9 @@ def build_schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
     warmup = warmup_steps(total, fraction=settings.warmup_fraction, steps=settings.warmup_steps)
     if warmup > total:
         raise ConfigError(f"optimizer.warmup_steps = {warmup}: the run has only {total} steps.")
+    recorded = config.log.profile_steps
+    if recorded is not None and recorded[1] > total:
+        raise ConfigError(f"log.profile_steps = {list(recorded)}: the run has only {total} steps.")
     return Schedule(settings.schedule, total, warmup, settings.final_fraction)
 
 

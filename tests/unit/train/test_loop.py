@@ -52,6 +52,19 @@ def test_metrics_may_be_fewer_than_steps_and_have_the_last(parts: TinyParts, tmp
     assert [row["step"] for row in metrics_rows(tmp_path / "run")] == [4, 6]
 
 
+def test_the_steps_asked_for_are_recorded(parts: TinyParts, tmp_path: Path) -> None:
+    train_model(build_config(tiny_settings(parts, tmp_path / "run", "log.profile_steps=[2,3]")), console=quiet())
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::mm" in names
+
+
+def test_steps_that_the_run_does_not_have_cannot_be_recorded(parts: TinyParts, tmp_path: Path) -> None:
+    config = build_config(tiny_settings(parts, tmp_path / "run", "log.profile_steps=[6,7]"))
+    with pytest.raises(ConfigError, match=r"profile_steps = \[6, 7\]: the run has only 6 steps"):
+        prepare(config, Registry.discover())
+
+
 def test_what_is_due() -> None:
     assert [step for step in range(1, 8) if is_due(3, step)] == [3, 6]
     assert not is_due(None, 3)
