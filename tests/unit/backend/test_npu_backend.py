@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llava_core.backend import World
-from llava_core.config.schema import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from llava_core.config.schema import (
+    BatchConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from llava_core.errors import BackendUnavailable
 from llava_npu import devices, launching, probing
 from llava_npu.backend import NpuBackend
@@ -175,24 +184,31 @@ def test_visible_devices_that_suffice_are_left_alone() -> None:
 # ---- config ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(find_spec("triton") is not None, reason="triton is installed")
-def test_compile_without_triton_is_a_problem() -> None:
-    config = RunConfig(
+def run_config(*, compile: bool = False, **log: Any) -> RunConfig:
+    return RunConfig(
         output=Path("runs"),
         model=ModelConfig(path=Path("model")),
         data=DataConfig(path=Path("data.json")),
         batch=BatchConfig(global_size=1, micro_size=1),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        train=TrainConfig(trainable=("projector",), max_steps=1, compile=True),
+        train=TrainConfig(trainable=("projector",), max_steps=1, compile=compile),
+        log=LogConfig(**log),
     )
-    (problem,) = NpuBackend().check_config(config)
+
+
+@pytest.mark.skipif(find_spec("triton") is not None, reason="triton is installed")
+def test_compile_without_triton_is_a_problem() -> None:
+    (problem,) = NpuBackend().check_config(run_config(compile=True))
     assert str(problem) == (
         "train.compile = true: expected triton, which is not installed; install triton-ascend, or set "
         "train.compile=false"
     )
-    assert (
-        NpuBackend().check_config(
-            config.model_copy(update={"train": TrainConfig(trainable=("projector",), max_steps=1)})
-        )
-        == []
-    )
+    assert NpuBackend().check_config(run_config()) == []
+
+
+def test_a_simulator_has_no_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(probing.SIMULATOR, "0.1.0")
+    (problem,) = NpuBackend().check_config(run_config(profile_steps=(1, 1)))
+    assert problem.key == "log.profile_steps"
+    monkeypatch.delenv(probing.SIMULATOR)
+    assert NpuBackend().check_config(run_config(profile_steps=(1, 1))) == []
