@@ -6,9 +6,12 @@ Shapes: B rows, T tokens, N query heads, G key/value heads, H head dim, D width,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch_npu
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llava_core.backend import reference
 from llava_core.backend.reference import at_least_fp32
@@ -29,14 +32,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The rotary op, in the kernel's half-split mode.
 
-    The rows become one long sequence [1, B·T, N, H] with tables [1, B·T, 1, H]: tables of several rows would need
-    B < T, which decoding has not. The kernel asks for |cos|, |sin| ≤ 1: `rotary_angles` of llava_core/model/decoder.py
-    makes plain cosines and sines, and `RopeSpec` knows no kind that scales them (as YaRN's attention factor does).
+    The rows become one long sequence [1, B·T, N, H] with tables [1, B·T, 1, H]: the kernel takes fewer than 1000 rows.
+    It asks for |cos|, |sin| ≤ 1, which no request tells: `rotary_angles` of llava_core/model/decoder.py makes plain
+    cosines and sines, and `RopeSpec` knows no kind that scales them (as YaRN's attention factor does).
     """
     cos, sin = (t.expand(q.shape[0], -1, -1).reshape(1, -1, 1, t.shape[-1]) for t in (cos, sin))
     rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k))
-    new_q, new_k = (torch_npu.npu_rotary_mul(x, cos, sin) for x in rows)
+    new_q, new_k = (_Rotation.apply(x, cos, sin) for x in rows)
     return new_q.reshape(q.shape), new_k.reshape(k.shape)
+
+
+class _Rotation(torch.autograd.Function):
+    """npu_rotary_mul, without keeping its input: its own autograd does, for gradients of the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        out: Tensor = torch_npu.npu_rotary_mul(x, cos, sin)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        # The transpose of a rotation is the one back. The sine moves to the other half with what it multiplied; where
+        # both halves are alike, as in Llama, that changes nothing.
+        return torch_npu.npu_rotary_mul(grad, cos, -sin.roll(sin.shape[-1] // 2, dims=-1)), None, None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ KERNELS = (
     # One launch each way for the reference's six and more. Rounds once where Llama rounds twice: a little more exact,
     # and not the reference's bits.
     KernelSpec("rms_norm", "npu", "llava_npu.fused_ops:rms_norm", 10, on_device(fused_limits), requires="torch_npu"),
-    # One launch for the reference's five. Its autograd keeps q and k, which the reference does not.
+    # One launch each way for the reference's five, and nothing kept but the tables, as there.
     KernelSpec("rotary", "npu", "llava_npu.fused_ops:rotary", 10, on_device(rotary_limits), requires="torch_npu"),
     # Putting both halves into one tensor copies them. It stands above the reference all the same: by count of what is
     # read and written the two are about even, but it keeps two activations for the backward pass instead of three.

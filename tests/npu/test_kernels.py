@@ -114,6 +114,30 @@ def test_rotary_of_one_token_in_many_rows(device: torch.device) -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-6)  # two products of fp32
 
 
+def test_rotary_turns_gradients_back_by_tables_of_unlike_halves(device: torch.device) -> None:
+    function = load("rotary", "npu")
+    generator = torch.Generator().manual_seed(0)
+    q, k, gq, gk = (torch.randn(2, 3, heads, 8, generator=generator) for heads in (4, 2, 4, 2))
+    angles = torch.randn(2, 3, 8, generator=generator)
+    results = []
+    for run, place in ((reference.rotary, torch.device("cpu")), (function, device)):
+        leaves = [x.to(place).requires_grad_() for x in (q, k)]
+        outs = run(*leaves, angles.cos().to(place), angles.sin().to(place))
+        results.append([g.cpu() for g in torch.autograd.grad(outs, leaves, [gq.to(place), gk.to(place)])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # two products of fp32
+
+
+def test_rotary_keeps_neither_q_nor_k(device: torch.device) -> None:
+    function = load("rotary", "npu")
+    q, k = (torch.ones(1, 3, heads, 8, device=device, requires_grad=True) for heads in (4, 2))
+    table = torch.ones(1, 3, 8, device=device)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        function(q, k, table, table)
+    assert set(kept) == {torch.Size((1, 3, 1, 8))}
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu"])
 def test_rows_may_be_missing(name: str, device: torch.device) -> None:
     """The last layer runs on the labelled positions alone, of which a batch may have none."""
