@@ -117,6 +117,7 @@ def build_te(owner: type[nn.Module], mask_types: Any) -> Callable[[str], nn.Modu
             multi_latent_attention=False,
             sequence_parallel=False,
             attention_dropout=0.0,
+            attention_mask_type="causal",
             is_llava=True,
         )
         return owner(config, 1, mask_types[name], "self")
