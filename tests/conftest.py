@@ -25,6 +25,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from llava_core.engine.hardware import HOST, choose_backend
+from llava_core.errors import LlavaError
+from llava_core.plugins import Registry
+from tests.hardware import VARIABLE
+
 SEED = 0
 
 settings.register_profile("llava", derandomize=True, deadline=None)
@@ -51,12 +56,42 @@ def _refuse_non_loopback(sock: socket.socket, address: Any) -> None:
         )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_text = "run the tests marked `device`, and those marked with the backend's own name, on this backend alone"
+    parser.addoption("--backend", default=HOST, metavar="NAME", help=f"{help_text}; without it, all tests run")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    choose_hardware(config.getoption("--backend"))
     # Two threads each on busy cores are far slower than one, and the order of sums changes with their number.
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
     block_network(patch)
+
+
+def choose_hardware(name: str) -> None:
+    """Make it the backend under test."""
+    if name != HOST:
+        try:
+            choose_backend(name, Registry.discover())
+        except LlavaError as error:
+            raise pytest.UsageError(f"--backend {name}: {error}") from error
+    os.environ[VARIABLE] = name
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--backend` only what runs on that: no other test may seem to have run there."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+    name = config.getoption("--backend")
+    if name == HOST:
+        return
+    here = [item for item in items if item.get_closest_marker("device") or item.get_closest_marker(name)]
+    config.hook.pytest_deselected(items=list(set(items) - set(here)))
+    items[:] = here
 
 
 def block_network(patch: pytest.MonkeyPatch) -> None:
@@ -82,12 +117,3 @@ def seed() -> int:
     np.random.seed(SEED)
     torch.manual_seed(SEED)
     return SEED
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no NVIDIA GPU here")
-    for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(skip)

@@ -8,13 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llava_core.backend import MaskFacts, OpRequest, OpSet, reference_kernels, select_all
+from llava_core.backend import OpSet
 from llava_core.data.batch import Batch, Example
 from llava_core.data.packing import build_batch
+from llava_core.engine.opset import Use
+from llava_core.engine.opset import build_ops as backend_ops
 from llava_core.model.freeze import PARTS
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
@@ -31,11 +34,12 @@ from llava_core.testing.models import (
 from llava_core.weights.hf_config import model_spec
 from llava_core.weights.load import load_model
 from llava_core.weights.source import ModelSource
-from llava_cpu.backend import CpuBackend
+from tests.hardware import hardware
 
-SEEDS = (0, 1, 2)
+# One seed on a device: other weights take no other way through it.
+SEEDS = (pytest.param(0, marks=pytest.mark.device), 1, 2)
 EVERYTHING = frozenset(PARTS)
-OP_SETS = ("reference", "cpu")
+OP_SETS = ("reference", "backend")
 
 LLAMA3_ROPE = {
     # head_dim 16 and 32 original positions: of the eight frequencies some are kept, some blended and some divided
@@ -185,61 +189,36 @@ def build_ours(
     trainable: Collection[str] = EVERYTHING,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Llava:
-    """This library's model with the weights of `model`."""
+    """This library's model with the weights of `model`, on the device under test."""
     parameters = {ours_name(model, name): p.detach() for name, p in model.named_parameters()}
     # SigLIP's pooling head comes after the features; LLaVA has no part like it.
     tensors = {n: (lambda tensor=p: tensor) for n, p in parameters.items() if ".vision_model.head." not in n}
     source = ModelSource(spec, tensors, Path(), None, ())
     op_set = build_ops(ops, spec, compute_dtype)
-    device = torch.device("cpu")
-    return load_model(source, op_set, compute_dtype=compute_dtype, device=device, trainable=frozenset(trainable))
+    return load_model(
+        source, op_set, compute_dtype=compute_dtype, device=hardware().device, trainable=frozenset(trainable)
+    )
 
 
 def build_ops(name: str, spec: ModelSpec, dtype: torch.dtype) -> OpSet:
-    """`reference`, or `cpu`: the kernels that the CPU backend chooses for this model."""
+    """`reference`, or `backend`: the kernels that the backend under test chooses for training this model."""
     if name == "reference":
         return OpSet.of({})
-    kernels = [*CpuBackend().kernels(), *reference_kernels()]
-    return OpSet.of(select_all(kernels, op_requests(spec, dtype), {}))
-
-
-def op_requests(spec: ModelSpec, dtype: torch.dtype) -> list[OpRequest]:
-    """What a training step of this model asks of each op."""
-    text = spec.text
-    packed = MaskFacts(packed=True, causal=True, window=text.sliding_window)
-    sizes: dict[str, dict[str, Any]] = {
-        "attention": {
-            "head_dim": text.head_dim,
-            "num_heads": text.num_heads,
-            "num_kv_heads": text.num_kv_heads,
-            "masks": (packed,),
-            "max_length": text.max_positions,
-        },
-        **{op: {} for op in ("rms_norm", "rotary", "swiglu", "linear_cross_entropy")},
-    }
-    requests = [OpRequest(op, op, dtype, True, False, **size) for op, size in sizes.items()]
-    if spec.vision is not None:
-        tower = spec.vision
-        heads = {"head_dim": tower.head_dim, "num_heads": tower.num_heads, "num_kv_heads": tower.num_heads}
-        full = (MaskFacts(packed=False, causal=False),)
-        requests.append(
-            OpRequest(
-                "attention", "vision_attention", dtype, True, False, masks=full, max_length=tower.num_positions, **heads
-            )
-        )
-    return requests
+    return backend_ops(spec, hardware().backend, Use(dtype, EVERYTHING, spec.text.max_positions, deterministic=False))[
+        0
+    ]
 
 
 def build_examples_batch(spec: ModelSpec, examples: Sequence[Example], *, padded: bool = False) -> Batch:
-    """The samples as one micro-batch."""
+    """The samples as one micro-batch, on the device under test."""
     image_size = spec.vision.image_size if spec.vision else 1
-    return build_batch(examples, pad_id=0, image_size=image_size, padded=padded)
+    return build_batch(examples, pad_id=0, image_size=image_size, padded=padded).to(hardware().device)
 
 
 def mean_loss(model: Llava, batch: Batch) -> Tensor:
     """The mean over the batch's labels."""
     num_labels = batch.counts.label_tokens
-    return model(batch, torch.full((num_labels,), 1 / max(num_labels, 1)))
+    return model(batch, torch.full((num_labels,), 1 / max(num_labels, 1), device=batch.tokens.device))
 
 
 def gradient_errors(model: Llava, expected: dict[str, Tensor | None]) -> dict[str, float]:
@@ -258,5 +237,5 @@ def gradient_errors(model: Llava, expected: dict[str, Tensor | None]) -> dict[st
         scale_of = name.replace("k_proj.bias", "k_proj.weight")
         scale = expected[scale_of]
         assert scale is not None
-        errors[name] = float((parameter.grad.float() - want.float()).abs().max() / scale.float().abs().max())
+        errors[name] = float((parameter.grad.cpu().float() - want.float()).abs().max() / scale.float().abs().max())
     return errors

@@ -18,7 +18,7 @@ from llava_core.inference.sampling import GenerationSettings, build_processors
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
 from llava_core.testing.models import IMAGE_TOKEN_ID, random_example
-from llava_cpu.backend import CpuBackend
+from tests.hardware import hardware
 from tests.parity.support import TEXT_SAMPLES, build_hf, build_ours, hf_inputs
 
 NEVER = Stop(frozenset())
@@ -39,7 +39,7 @@ CASES = (
 def build(case: str, ops: str = "reference") -> tuple[PreTrainedModel, Llava, list[Example]]:
     reference, spec = build_hf(case, seed=0)
     model = build_ours(reference, spec, trainable=())
-    if ops == "cpu":
+    if ops == "backend":
         model = rebuilt(model, spec)
     pieces = IMAGE_PROMPTS if spec.vision else (*TEXT_SAMPLES, (9,))
     examples = [random_example(spec, lengths, seed=i, pad_id=IMAGE_TOKEN_ID) for i, lengths in enumerate(pieces)]
@@ -47,11 +47,11 @@ def build(case: str, ops: str = "reference") -> tuple[PreTrainedModel, Llava, li
 
 
 def rebuilt(model: Llava, spec: ModelSpec) -> Llava:
-    """The model with the kernels that the CPU backend chooses for inference."""
+    """The model with the kernels that the backend chooses for inference."""
     use = Use(torch.float32, frozenset(), spec.text.max_positions, deterministic=False)
-    ops, _ = build_ops(spec, CpuBackend(), use)
+    ops, _ = build_ops(spec, hardware().backend, use)
     assert ops != OpSet.of({})
-    other = Llava(spec, ops, torch.float32)
+    other = Llava(spec, ops, torch.float32).to(hardware().device)
     other.load_state_dict(model.state_dict())
     return other
 
@@ -69,7 +69,8 @@ def new_tokens(output: Tensor, example: Example) -> list[int]:
     return output[0, example.length :].tolist()
 
 
-@pytest.mark.parametrize("ops", ["reference", "cpu"])
+@pytest.mark.device
+@pytest.mark.parametrize("ops", ["reference", "backend"])
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens(case: str, ops: str) -> None:
     reference, model, examples = build(case, ops)
@@ -78,6 +79,7 @@ def test_greedy_tokens(case: str, ops: str) -> None:
     assert ours == [new_tokens(expected(reference, e), e) for e in examples]
 
 
+@pytest.mark.device
 def test_rows_stop_at_their_end_tokens() -> None:
     reference, model, examples = build("clip")
     free = [new_tokens(expected(reference, e), e) for e in examples]
@@ -89,6 +91,7 @@ def test_rows_stop_at_their_end_tokens() -> None:
     assert all(answer[-1] in ends for answer in ours if len(answer) < 24)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("penalty", [1.4, 0.8])
 def test_repetition_penalty(penalty: float) -> None:
     reference, model, examples = build("mistral_window")
@@ -125,6 +128,7 @@ def test_sampling_draws_from_the_same_distribution(options: dict[str, Any]) -> N
         assert torch.equal(processors(seen, logits), scores)
 
 
+@pytest.mark.device
 def test_an_answer_does_not_depend_on_the_batch() -> None:
     _, model, examples = build("clip")
     # Rows end at different times, so that rows leave the batch on the way.

@@ -72,13 +72,14 @@ def test_logits(case, seed, ops):
     exact, theirs = (run[0] for run in exact_and_hf(case, seed)[3:])
     model, batch = build_and_batch(case, seed, ops)
     with torch.no_grad():
-        ours = model.logits(model.hidden_states(batch))
+        ours = model.logits(model.hidden_states(batch)).cpu()
     assert ours.dtype == torch.bfloat16
     hf_error = rms(theirs - exact)
     assert rms(ours - exact) <= LOGITS_ERROR_RATIO * hf_error
     assert rms(ours.float() - theirs.float()) <= DISTANCE_RATIO * hf_error
 
 
+@pytest.mark.device
 @every_case
 @every_op_set
 def test_loss_and_gradients(case, ops):
@@ -86,13 +87,14 @@ def test_loss_and_gradients(case, ops):
     model, batch = build_and_batch(case, 0, ops)
     loss = mean_loss(model, batch)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     assert loss.dtype == torch.float32
-    assert abs(float(loss.detach() - exact_loss)) <= LOSS_TOLERANCE
+    assert abs(float(loss.detach().cpu() - exact_loss)) <= LOSS_TOLERANCE
     assert gradient_error(gradients, exact) <= GRADIENT_ERROR_RATIO * gradient_error(theirs, exact)
 
 
+@pytest.mark.device
 def test_trained_weights_are_fp32_and_activations_bf16():
-    model, batch = build_and_batch("clip", 0, "cpu")
+    model, batch = build_and_batch("clip", 0, "backend")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.hidden_states(batch).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Logits and loss of packed and padded batches against transformers, which gets one sample at a time."""
+"""Logits and loss of packed and padded batches against transformers on the host, which gets one sample at a time."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ every_op_set = pytest.mark.parametrize("ops", OP_SETS)
 
 
 def logits_by_sample(model: Llava, batch, examples) -> list[torch.Tensor]:
-    """Each sample's logits, without those of padding."""
+    """Each sample's logits, without those of padding, on the host."""
     with torch.no_grad():
-        logits = model.logits(model.hidden_states(batch))
+        logits = model.logits(model.hidden_states(batch)).cpu()
     starts = batch.cu_seqlens_host
     return [logits[start : start + example.length] for start, example in zip(starts, examples, strict=False)]
 
@@ -63,9 +63,10 @@ def test_loss(case, seed, ops, padded):
     known = reference(case, seed)
     batch = build_examples_batch(known.spec, known.examples, padded=padded)
     loss = mean_loss(build_ours(known.model, known.spec, ops=ops, trainable=()), batch)
-    torch.testing.assert_close(loss, known.loss, rtol=0, atol=LOSS_TOLERANCE)
+    torch.testing.assert_close(loss.cpu(), known.loss, rtol=0, atol=LOSS_TOLERANCE)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("case", ["clip", "siglip", "mistral_window", "text_llama"])
 @every_op_set
 def test_one_sample_alone(case, ops):
@@ -76,9 +77,10 @@ def test_one_sample_alone(case, ops):
             theirs = known.model(**hf_inputs(known.model, example)).loss
         batch = build_examples_batch(known.spec, [example])
         loss = mean_loss(build_ours(known.model, known.spec, ops=ops, trainable=()), batch)
-        torch.testing.assert_close(loss, theirs, rtol=0, atol=LOSS_TOLERANCE)
+        torch.testing.assert_close(loss.cpu(), theirs, rtol=0, atol=LOSS_TOLERANCE)
 
 
+@pytest.mark.device
 def test_images_of_equal_samples_are_not_mixed_up():
     """Two samples of one text and different images, in both orders: each has its own image's logits."""
     known = reference("clip", 0)

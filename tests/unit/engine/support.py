@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from llava_core.backend import OpSet
 from llava_core.data.batch import Batch, Example
 from llava_core.data.packing import build_batch
-from llava_core.engine.hardware import Hardware
 from llava_core.engine.loss import LossMode
 from llava_core.engine.opset import Use, build_ops
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
@@ -29,7 +28,7 @@ from llava_core.testing.models import (
 from llava_core.weights.hf_config import model_spec
 from llava_core.weights.load import load_model
 from llava_core.weights.source import ModelSource
-from llava_cpu.backend import CpuBackend
+from tests.hardware import hardware
 
 PIECES = ((4, 9), (3, 2, 6), (12,), (5, 5), (2, 20), (17,), (6, 3), (1, 8))
 """Lengths of the texts between images: one, two and no images, all lengths different."""
@@ -67,20 +66,20 @@ def engine(
     reference_ops: bool = False,
     **learning_rates: float,
 ) -> TorchEngine:
-    """An engine over the weights of `model` on the CPU's kernels; 1e-3 for every part without a rate of its own."""
+    """An engine over the weights of `model`, on the kernels of the backend under test; 1e-3 for every part without a
+    rate of its own."""
     prefix = "" if spec.vision else "language_model."
     named = {prefix + classic_name(model, name): p.detach() for name, p in model.named_parameters()}
     # SigLIP's pooling head comes after the features and is no part of a LLaVA.
     tensors = {n: (lambda tensor=p: tensor) for n, p in named.items() if ".vision_model.head." not in n}
     source = ModelSource(spec, tensors, Path(), None, ())
-    device = torch.device("cpu")
     parts = frozenset(trainable)
-    ops, _ = build_ops(spec, CpuBackend(), Use(dtype, parts, max_length=64, deterministic=True))
+    ops, _ = build_ops(spec, hardware().backend, Use(dtype, parts, max_length=64, deterministic=True))
     ops = OpSet.of({}) if reference_ops else ops
-    ours = load_model(source, ops, compute_dtype=dtype, device=device, trainable=parts)
+    ours = load_model(source, ops, compute_dtype=dtype, device=hardware().device, trainable=parts)
     rates = {part: learning_rates.get(part, 1e-3) for part in trainable}
     settings = OptimizerSettings(rates, weight_decay, (0.9, 0.999), 1e-8, clip_norm)
-    return TorchEngine(ours, Hardware(CpuBackend(), device), settings, loss)
+    return TorchEngine(ours, hardware(), settings, loss)
 
 
 def hf_inputs(example: Example) -> dict[str, Tensor]:
@@ -93,13 +92,14 @@ def hf_inputs(example: Example) -> dict[str, Tensor]:
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    """Copies on the host."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
 
 
 def gradients(trained: TorchEngine, step: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
-    """The step's loss and what its backward pass leaves, before clipping and without an update."""
+    """The step's loss and what its backward pass leaves, before clipping and without an update; on the host."""
     loss = float(trained._accumulate(step))
-    grads = {name: p.grad.clone() for name, p in trained.trained.items() if p.grad is not None}
+    grads = {name: p.grad.to("cpu", copy=True) for name, p in trained.trained.items() if p.grad is not None}
     trained.optimizer.zero_grad()
     return loss, grads
 

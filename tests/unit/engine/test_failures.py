@@ -28,11 +28,12 @@ def with_nan(samples: list[Example], index: int) -> list[Example]:
 def everything(trained: TorchEngine) -> dict[str, torch.Tensor]:
     """All parameters, also frozen ones, and the optimizer's state."""
     parameters = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
-    return parameters | {name: tensor.clone() for name, tensor in trained.state()[0].items()}
+    optimizer = {n: tensor.clone() for n, tensor in trained.state()[0].items() if n.startswith("optimizer.")}
+    return parameters | optimizer
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
-@pytest.mark.parametrize("index", [0, 1, 7])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.device), 7])
 def test_a_nan_in_an_image_is_caught_by_its_samples_name(index: int, padded: bool) -> None:
     model, spec = hf_model()
     trained = engine(model, spec)
@@ -49,6 +50,7 @@ def test_a_nan_in_an_image_is_caught_by_its_samples_name(index: int, padded: boo
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.device
 def test_after_a_caught_nan_the_next_step_is_as_if_it_had_not_been() -> None:
     model, spec = hf_model()
     caught, plain = engine(model, spec), engine(model, spec)
@@ -59,6 +61,7 @@ def test_after_a_caught_nan_the_next_step_is_as_if_it_had_not_been() -> None:
     assert all(torch.equal(a, b) for a, b in zip(caught.model.parameters(), plain.model.parameters(), strict=True))
 
 
+@pytest.mark.device
 def test_a_nan_in_a_weight_names_every_sample_that_meets_it() -> None:
     model, spec = hf_model()
     trained = engine(model, spec)
@@ -72,6 +75,7 @@ def test_a_nan_in_a_weight_names_every_sample_that_meets_it() -> None:
     assert len(with_images) < len(samples)
 
 
+@pytest.mark.device
 def test_a_gradient_alone_that_is_not_finite_stops_the_run_too() -> None:
     model, spec = hf_model()
     trained = engine(model, spec)
@@ -96,6 +100,7 @@ def overflowing(trained: TorchEngine, times: int) -> None:
     trained.model.language_model.model.norm.weight.register_hook(spoil)
 
 
+@pytest.mark.device
 def test_fp16_overflow_skips_the_update_halves_the_scale_and_recovers() -> None:
     model, spec = hf_model()
     trained = engine(model, spec, dtype=torch.float16)
@@ -115,6 +120,7 @@ def test_fp16_overflow_skips_the_update_halves_the_scale_and_recovers() -> None:
     assert second.loss == pytest.approx(engine(model, spec).step(step, 1.0).loss, rel=5e-4)
 
 
+@pytest.mark.device
 def test_the_loss_scale_does_not_change_the_update() -> None:
     model, spec = hf_model()
     step = batches(examples(spec), [8])
@@ -126,6 +132,7 @@ def test_the_loss_scale_does_not_change_the_update() -> None:
     assert results[0] == pytest.approx(results[1], rel=1e-3)
 
 
+@pytest.mark.device
 def test_fp16_that_overflows_at_any_scale_stops_the_run() -> None:
     model, spec = hf_model()
     trained = engine(model, spec, dtype=torch.float16)

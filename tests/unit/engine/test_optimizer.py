@@ -43,6 +43,7 @@ def test_each_part_has_its_own_rate_scaled_by_the_schedule() -> None:
     assert rates == {"vision": 0.25 * 1e-5, "projector": 0.25 * 2e-4, "language": 0.25 * 3e-3}
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("trainable", [("projector",), ("language",), ("projector", "language"), ("vision",)])
 def test_frozen_parts_have_no_gradient_and_no_optimizer_state(trainable: tuple[str, ...]) -> None:
     model, spec = hf_model()

@@ -59,7 +59,9 @@ def step_samples(number: int) -> list[Example]:
 
 
 @pytest.mark.parametrize("trainable", [("projector",), ("projector", "language"), ("vision", "projector", "language")])
-@pytest.mark.parametrize("clip", [0.5, 1e6], ids=["clipped", "not clipped"])
+@pytest.mark.parametrize(
+    "clip", [pytest.param(0.5, id="clipped", marks=pytest.mark.device), pytest.param(1e6, id="not clipped")]
+)
 def test_five_steps_are_those_of_transformers_and_adamw(trainable: tuple[str, ...], clip: float) -> None:
     model, spec = hf_model(seed=7)
     ours = engine(model, spec, trainable=trainable, weight_decay=DECAY, clip_norm=clip, **RATES)
@@ -78,6 +80,7 @@ def test_five_steps_are_those_of_transformers_and_adamw(trainable: tuple[str, ..
     assert moved > 1000 * WEIGHT_TOLERANCE, "else the tolerance would say nothing"
 
 
+@pytest.mark.device
 def test_without_a_limit_the_norm_is_still_reported() -> None:
     model, spec = hf_model(seed=7)
     step = batches(examples(spec), SPLIT)
@@ -86,6 +89,7 @@ def test_without_a_limit_the_norm_is_still_reported() -> None:
     assert all(torch.equal(a, b) for a, b in zip(free.model.parameters(), limited.model.parameters(), strict=True))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [("projector",), ("vision", "projector", "language")])
 def test_recomputing_layers_changes_no_bit(trainable: tuple[str, ...], dtype: torch.dtype) -> None:
@@ -99,6 +103,7 @@ def test_recomputing_layers_changes_no_bit(trainable: tuple[str, ...], dtype: to
         assert torch.equal(found, expected), name
 
 
+@pytest.mark.device
 def test_bf16_stays_near_fp32() -> None:
     model, spec = hf_model(seed=9)
     full, half = (engine(model, spec, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
