@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from llava_core.testing.conformance.result import Certificate, Result, Status
-from llava_core.testing.conformance.summary import Line, skips, summarise, verdict
+from llava_core.testing.conformance.summary import Line, heading, skips, summarise, verdict
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
@@ -20,14 +20,13 @@ pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; white-space: pre-wr
 
 def render_page(certificate: Certificate) -> str:
     """The whole page: verdict, a row a check's name, reasons for skips, every failure, then every check."""
-    versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
     title = escape(f"{certificate.backend} on {certificate.device}")
     status = Status.PASSED if certificate.ok else Status.FAILED
     return "".join(
         [
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
             f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n",
-            f'<p class="{status.value}">{escape(verdict(certificate))}</p>\n<p>{escape(versions)}</p>\n',
+            f'<p class="{status.value}">{escape(verdict(certificate))}</p>\n<p>{escape(heading(certificate))}</p>\n',
             _summary(summarise(certificate)),
             _skips(skips(certificate)),
             _failures(certificate.failures()),

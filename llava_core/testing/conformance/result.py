@@ -48,13 +48,19 @@ class Result:
 class Certificate:
     """Every check's outcome on one backend and device.
 
-    As JSON it is one object: `format` (1), `backend`, `device`, `versions` (an object of strings), `passed`, `failed`
-    and `skipped` (counts), and `checks`, a list of objects with the fields of `Result`; `status` is `passed`, `failed`
-    or `skipped`, and `seconds` a number.
+    As JSON it is one object: `format` (1), `backend`, `device`, `found`, `date`, `versions` (an object of strings),
+    `passed`, `failed` and `skipped` (counts), and `checks`, a list of objects with the fields of `Result`; `status` is
+    `passed`, `failed` or `skipped`, and `seconds` a number.
+
+    Attributes:
+        found: what the backend's probe said of the machine.
+        date: the day of the checks, as YYYY-MM-DD (UTC).
     """
 
     backend: str
     device: str
+    found: str
+    date: str
     versions: Mapping[str, str]
     checks: tuple[Result, ...] = field(repr=False)
 
@@ -73,9 +79,11 @@ class Certificate:
 
     def to_json(self) -> str:
         """The form on disk."""
-        head = {"format": FORMAT, "backend": self.backend, "device": self.device, "versions": dict(self.versions)}
+        told = {key: getattr(self, key) for key in ("backend", "device", "found", "date")}
         counts = {status.value: self.count(status) for status in Status}
-        return json.dumps(head | counts | {"checks": [asdict(check) for check in self.checks]}, indent=1) + "\n"
+        checks = [asdict(check) for check in self.checks]
+        whole = {"format": FORMAT, **told, "versions": dict(self.versions), **counts, "checks": checks}
+        return json.dumps(whole, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
@@ -88,4 +96,5 @@ class Certificate:
         if found.get("format") != FORMAT:
             raise ValueError(f"a certificate of format {found.get('format')!r}; this version reads {FORMAT}")
         checks = tuple(Result(**(check | {"status": Status(check["status"])})) for check in found["checks"])
-        return cls(found["backend"], found["device"], found["versions"], checks)
+        told = {key: found[key] for key in ("backend", "device", "found", "date", "versions")}
+        return cls(**told, checks=checks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
 from importlib import metadata
 
 import torch
@@ -67,7 +68,8 @@ def certify(
     for check in checks:
         results.append(run_check(check))
         on_result(results[-1])
-    return Certificate(subject.backend.name, device, _versions(), tuple(results))
+    found, date = type(subject.backend).probe().reason, datetime.now(timezone.utc).date().isoformat()
+    return Certificate(subject.backend.name, device, found, date, _versions(), tuple(results))
 
 
 def _versions() -> dict[str, str]:

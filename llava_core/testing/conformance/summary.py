@@ -27,6 +27,13 @@ class Line:
         return next(s for s in (Status.FAILED, Status.PASSED, Status.SKIPPED) if self.counts[s])
 
 
+def heading(certificate: Certificate) -> str:
+    """Of what it is: backend, device, day, what the probe found, versions."""
+    versions = (f"{name} {version}" for name, version in certificate.versions.items())
+    told = ", ".join((certificate.date, certificate.found, *versions))
+    return f"{certificate.backend} on {certificate.device} ({told})"
+
+
 def summarise(certificate: Certificate) -> list[Line]:
     """The lines, in the order in which the checks ran."""
     groups: dict[str, list[Result]] = {}

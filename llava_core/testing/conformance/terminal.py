@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava_core.testing.conformance.result import Certificate, Result, Status
-from llava_core.testing.conformance.summary import skips, summarise, verdict
+from llava_core.testing.conformance.summary import heading, skips, summarise, verdict
 
 COLOURS = {Status.PASSED: "green", Status.FAILED: "bold red", Status.SKIPPED: "yellow"}
 MAX_SHOWN = 40
@@ -16,8 +16,7 @@ MAX_SHOWN = 40
 
 def print_certificate(certificate: Certificate, console: Console) -> None:
     """A row a check's name, then the reasons for skips, every failure, and the verdict."""
-    versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
-    table = Table(title=escape(f"{certificate.backend} on {certificate.device} ({versions})"), title_justify="left")
+    table = Table(title=escape(heading(certificate)), title_justify="left")
     for column in ("check", "", "passed", "failed", "skipped", "a pass means"):
         table.add_column(column, overflow="fold")
     for line in summarise(certificate):
