@@ -148,15 +148,12 @@ def _require_megatron() -> None:
         raise PatchRefused(f"expected megatron-core {MEGATRON_VERSION}; found {found}")
 
 
-def _patch(name: str, attention: Attention, source: str) -> Patch:
+def _patch(name: str, attention: Attention, why: str, files: str) -> Patch:
     return Patch(
         name=name,
         target=f"{attention.module}:{attention.name}.forward",
-        why=(
-            "MindSpeed takes mask None for causal, or with config.is_llava for full attention, without a word; and the "
-            "sparse mode that it sets for its own mask stays in the config for the next call's"
-        ),
-        source=source,
+        why=f"mask None means causal or, with config.is_llava, full attention, without a word; {why}",
+        source=f"MindSpeed 26.0.0_core_r0.12.1, 26.1.0_core_r0.12.1, master at 028de58; megatron-core 0.12.1; {files}",
         remove_when="MindSpeed passes on what the caller asks, and keeps no sparse mode from call to call",
         applies=partial(applies, attention),
         load=load,
@@ -164,16 +161,18 @@ def _patch(name: str, attention: Attention, source: str) -> Patch:
     )
 
 
-_VERSIONS = "MindSpeed 26.0.0_core_r0.12.1, 26.1.0_core_r0.12.1 and master at 028de58, with megatron-core 0.12.1; "
 PATCHES = (
     _patch(
         "mindspeed-local-mask",
         LOCAL,
-        _VERSIONS + "core/transformer/flash_attention/{generate_mask,flash_attention}/adaptor.py",
+        "the sparse mode that MindSpeed sets for its own mask stays in the config for the next call, which has another",
+        "core/transformer/flash_attention/{generate_mask,flash_attention}/adaptor.py",
     ),
     _patch(
         "mindspeed-te-mask",
         TE,
-        _VERSIONS + "te/pytorch/attention/dot_product_attention/dot_product_attention.py",
+        "every mask is used in the mode of config.attention_mask_type, which is causal unless changed, so that one of "
+        "the caller's is taken for MindSpeed's own; attention_bias is ignored",
+        "te/pytorch/attention/dot_product_attention/dot_product_attention.py",
     ),
 )

@@ -144,6 +144,10 @@ def guard(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         if attention_bias is not None:
             raise ValueError("attention_bias is given, which MindSpeed's attention ignores or refuses; expected None")
+        if getattr(self.config, "context_parallel_size", 1) > 1:
+            raise ValueError(
+                "context_parallel_size is above 1, where MindSpeed's masks were never verified; expected 1"
+            )
         asked = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
         mode = choose_mode(
             attention_mask is not None, packed_seq_params is not None, asked.name, self.attn_mask_type.name

@@ -285,6 +285,13 @@ def test_a_bias_is_refused() -> None:
         Guarded("causal")(*inputs(), torch.zeros(S, S).bool(), attention_bias=torch.zeros(1))
 
 
+def test_context_parallel_attention_is_refused() -> None:
+    layer = Guarded("causal")
+    layer.config.context_parallel_size = 2
+    with pytest.raises(ValueError, match="context_parallel_size"):
+        layer(*inputs(), torch.zeros(S, S).bool())
+
+
 # ---- recognition -------------------------------------------------------------------------------------------------
 
 ADAPTOR = """

@@ -15,6 +15,7 @@ from llava_core.errors import PatchRefused
 from llava_core.testing.conformance import Result, Status, Subject, all_checks
 from llava_core.testing.conformance.check import run_check
 from llava_cpu.backend import CpuBackend
+from tests.unit.cli.support import run
 from tests.unit.testing.mutant_backends import Patching, RefusingPatch
 
 
@@ -49,6 +50,16 @@ def test_the_ledger_shows_what_is_known_of_a_patch(word: str) -> None:
 )
 def test_the_ledger_says_how_it_stands_here(patch: Patch, state: str) -> None:
     assert f"{state} " in ledger(patch).partition("here")[2]
+
+
+def test_a_backend_without_patches_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(capsys, "backends", "cpu", "--patches")
+    assert (done.code, done.out) == (0, "cpu patches no other library.\n")
+
+
+def test_patches_are_those_of_one_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(capsys, "backends", "--patches")
+    assert (done.code, "`llava-core backends NAME --patches`" in done.err) == (2, True)
 
 
 def check(backend: Backend) -> Result:
