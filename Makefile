@@ -1,4 +1,5 @@
-# Every target sets itself up: it needs Python 3.10 or newer with the venv module, and puts the rest into .venv.
+# Every target sets itself up: it needs Python 3.10 or newer with the venv module, and puts the rest into .venv. Tests of the
+# npu backend run on a simulator, in .venv-npu: where torch_npu is installed, nothing else can import torch without it.
 
 PYTHON ?= python3
 ARGS ?=
@@ -11,16 +12,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Outlives an install that was cut short, after which pip may take half a package for a whole one.
 UNFINISHED := $(VENV)/.unfinished
 
+NPU_VENV := .venv-npu
+ON_NPU = OMP_NUM_THREADS=1 $(NPU_VENV)/bin/ascend-sim run --devices 2 --
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-cpu test-npu lint certificates clean
 
 help:
 	@echo 'make demo    train a tiny LLaVA on the CPU        ARGS="…" goes to `llava-core demo`'
 	@echo 'make test    check the code, then run the tests   PYTEST_ARGS="…" goes to pytest, WORKERS=$(WORKERS) run at once'
+	@echo '             test-cpu and test-npu run the two halves: without and with a simulated NPU'
 	@echo 'make lint    check the code only'
+	@echo 'make certificates   certify what can be here, and write the table in README.md anew'
 	@echo 'make clean   delete caches and build outputs; runs/ and .venv stay'
 	@echo
 	@echo 'The first run installs into .venv with PYTHON=$(PYTHON); later runs install only what changed.'
@@ -28,8 +34,19 @@ help:
 demo: $(VENV)/.installed-demo
 	@$(BIN)/llava-core demo $(ARGS)
 
-test: lint
+test: test-cpu test-npu
+
+test-cpu: lint
 	@$(run_tests)
+
+test-npu:
+	@$(run_npu_tests)
+
+certificates: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=1 $(BIN)/llava-core certify --backend cpu --json docs/certificates/cpu.json
+	@$(MAKE) --no-print-directory VENV=$(NPU_VENV) $(NPU_VENV)/.installed-npu
+	@$(ON_NPU) llava-core certify --backend npu --json docs/certificates/npu.json
+	@$(BIN)/python docs/what_works.py
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check --quiet --output-format concise .
@@ -40,7 +57,7 @@ lint: $(VENV)/.installed-test
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	@find . \( -path ./$(VENV) -o -path ./$(NPU_VENV) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # The quick tests first, so that a plain mistake is known early; pytest's status 5 says that a part has no test.
 # One thread a worker: two threads each on two busy cores are far slower than one.
@@ -54,6 +71,22 @@ pytest() { OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist wor
 	if [ $$quick$$slow = 55 ]; then echo 'No test was run: nothing matches PYTEST_ARGS=$(PYTEST_ARGS)' >&2; exit 5; fi
 endef
 
+# The simulator's own tests, those of the rest that concern a device, and the conformance kit.
+define run_npu_tests
+[ "$$(uname -s)" = Linux ] || { echo 'test-npu was not run: the simulator of an NPU needs Linux'; exit 0; }; \
+	command -v cc gcc clang >/dev/null || { echo 'test-npu was not run: the simulator needs gcc or clang'; exit 0; }; \
+	set -e; \
+	$(MAKE) --no-print-directory VENV=$(NPU_VENV) $(NPU_VENV)/.installed-npu; \
+	pytest() { $(ON_NPU) python -m pytest -q -n $(WORKERS) --dist worksteal "$$@" || [ $$? = 5 ]; }; \
+	$(if $(PYTEST_ARGS),:,pytest plugins/ascend_simulator/tests); \
+	pytest --backend npu $(PYTEST_ARGS); \
+	$(if $(PYTEST_ARGS),:,$(ON_NPU) llava-core certify --backend npu)
+endef
+
+PACKAGES_demo := -e '.[demo]'
+PACKAGES_test := -e '.[test]'
+PACKAGES_npu := -e '.[test,npu]' -e 'plugins/ascend_simulator[test]'
+
 # What a target needs installed; a change of pyproject.toml or constraints.txt installs again.
 $(VENV)/.installed-%: $(BIN)/python pyproject.toml constraints.txt
 	@rm -f $@
@@ -65,7 +98,7 @@ $(VENV)/.installed-%: $(BIN)/python pyproject.toml constraints.txt
 	@touch $(UNFINISHED)
 	@echo 'Installing llava-core and what it needs into $(VENV) (some minutes the first time) …'
 	@$(PIP) install -qq -c constraints.txt torch
-	@$(PIP) install -qq -c constraints.txt -e '.[$*]'
+	@$(PIP) install -qq -c constraints.txt $(PACKAGES_$*)
 	@rm $(UNFINISHED)
 	@touch $@
 
