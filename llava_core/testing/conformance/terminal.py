@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -11,7 +13,7 @@ from llava_core.testing.conformance.summary import heading, skips, summarise, ve
 
 COLOURS = {Status.PASSED: "green", Status.FAILED: "bold red", Status.SKIPPED: "yellow"}
 MAX_SHOWN = 40
-"""Failures printed in full; one defect can fail hundreds of checks, and the files have all of them."""
+"""Failures printed in full, the first of each check and kernel: one defect can fail hundreds."""
 
 
 def print_certificate(certificate: Certificate, console: Console) -> None:
@@ -28,12 +30,23 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
     for subjects, reason in skips(certificate):
         console.print(f"{subjects}: {reason}", style=COLOURS[Status.SKIPPED], markup=False, highlight=False)
     failures = certificate.failures()
-    for failure in failures[:MAX_SHOWN]:
+    shown = first_of_each(failures)[:MAX_SHOWN]
+    for failure in shown:
         _print_failure(failure, console)
-    if len(failures) > MAX_SHOWN:
-        console.print(f"… and {len(failures) - MAX_SHOWN} more; --json FILE and --html FILE list all of them")
+    if len(failures) > len(shown):
+        console.print(
+            f"… and {len(failures) - len(shown)} more like these; --json FILE and --html FILE list all of them"
+        )
     style = COLOURS[Status.PASSED if certificate.ok else Status.FAILED]
     console.print(verdict(certificate), style=style, markup=False)
+
+
+def first_of_each(failures: Sequence[Result]) -> list[Result]:
+    """One failure of each check and kernel, in the order they ran."""
+    firsts: dict[tuple[str, ...], Result] = {}
+    for failure in failures:
+        firsts.setdefault((failure.name, *failure.target.split("/")[:2]), failure)
+    return list(firsts.values())
 
 
 def _print_failure(failure: Result, console: Console) -> None:

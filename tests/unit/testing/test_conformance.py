@@ -30,7 +30,7 @@ from llava_core.testing.conformance.check import Check, CheckFailed, CheckSkippe
 from llava_core.testing.conformance.page import render_page
 from llava_core.testing.conformance.pytest_class import process_settings
 from llava_core.testing.conformance.summary import skips, summarise, verdict
-from llava_core.testing.conformance.terminal import print_certificate
+from llava_core.testing.conformance.terminal import first_of_each, print_certificate
 from llava_cpu.backend import CpuBackend
 
 KERNEL_TOPICS = ("kernel.", "mask.", "refusal.")
@@ -203,6 +203,22 @@ def test_the_terminal_shows_each_failure_and_the_verdict() -> None:
     assert "kernel.accuracy[swiglu/<mine>/failed]" in text
     assert "off by <3> & more" in text
     assert "mine does not conform: 1 passed, 1 failed, 2 skipped" in text
+
+
+def test_of_many_failures_the_terminal_shows_the_first_of_each_check_and_kernel() -> None:
+    failed = [
+        Result(name, f"attention/{kernel}/{case}/float32", Status.FAILED, "", f"{case} is wrong", 0.1)
+        for name in ("kernel.accuracy", "mask.causal")
+        for kernel in ("fused", "slow")
+        for case in ("full", "causal", "packed")
+    ]
+    shown = first_of_each(failed)
+    assert [(f.name, f.target) for f in shown] == [
+        ("kernel.accuracy", "attention/fused/full/float32"),
+        ("kernel.accuracy", "attention/slow/full/float32"),
+        ("mask.causal", "attention/fused/full/float32"),
+        ("mask.causal", "attention/slow/full/float32"),
+    ]
 
 
 def test_listing_the_checks_opens_no_device() -> None:
