@@ -22,6 +22,7 @@ from llava_core.inference.assistant import Assistant, build_stop
 from llava_core.inference.prompts import Answer, PromptRow
 from llava_core.inference.sampling import GenerationSettings
 from llava_core.weights.export import export_model
+from tests.hardware import hardware
 from tests.unit.inference.support import parts, picture, processor, tokenizer
 
 SETTINGS = GenerationSettings(max_new_tokens=12)
@@ -42,7 +43,7 @@ def export(folder: Path, case: str = "clip", template: Template = V1, kind: Any 
 
 def load(folder: Path, **options: Any) -> Assistant:
     return Assistant.load(
-        folder, lambda _: OpSet.of({}), device=torch.device("cpu"), compute_dtype=torch.float32, **options
+        folder, lambda _: OpSet.of({}), device=hardware().device, compute_dtype=torch.float32, **options
     )
 
 
@@ -58,6 +59,7 @@ def transformers_answer(folder: Path, question: str, image: Any) -> str:
     return loaded.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("kind", ["legacy", "plain"])
 @pytest.mark.parametrize("name", ["v1", "llama_2", "plain", "chatml"])
 def test_an_export_answers_as_transformers_does(name: str, kind: str, tmp_path: Path) -> None:
@@ -120,6 +122,7 @@ def test_images_come_as_paths_too(tmp_path: Path) -> None:
         assistant.ask("<image> What?")
 
 
+@pytest.mark.device
 def test_a_language_model_answers(tmp_path: Path) -> None:
     assistant = load(export(tmp_path / "hf", "text_llama"))
     trained = Assistant(parts("text_llama").model, tokenizer(), None, V1)
@@ -146,6 +149,7 @@ def test_a_folder_without_a_template_needs_one(tmp_path: Path) -> None:
     assert load(folder, template=V1).ask("What?", picture(), SETTINGS) == expected
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("batch_size", [1, 2, 50])
 def test_rows_are_answered_in_order_and_errors_stay_in_place(batch_size: int, tmp_path: Path) -> None:
     picture(1).save(tmp_path / "a.png")

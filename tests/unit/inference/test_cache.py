@@ -10,11 +10,13 @@ import torch
 from llava_core.data.packing import build_batch
 from llava_core.inference.cache import Cache
 from llava_core.testing.models import random_example
+from tests.hardware import hardware
 from tests.unit.inference.support import parts
 
 NEW = 6
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("lengths", [(9, 4, 14), (7, 7), (3,)])
 @pytest.mark.parametrize("case", ["text_llama", "text_mistral"])
 def test_decoding_gives_the_hidden_states_of_the_whole(case: str, lengths: tuple[int, ...]) -> None:
@@ -23,10 +25,12 @@ def test_decoding_gives_the_hidden_states_of_the_whole(case: str, lengths: tuple
     prompts = [
         replace(e, tokens=e.tokens[:n], supervised=e.supervised[:n]) for e, n in zip(whole, lengths, strict=True)
     ]
-    cache = Cache(model.spec.text, lengths, NEW, torch.float32, torch.device("cpu"))
+    device = hardware().device
+    cache = Cache(model.spec.text, lengths, NEW, torch.float32, device)
     with torch.no_grad():
-        expected = model.hidden_states(build_batch(whole, pad_id=0, image_size=1)).split([n + NEW for n in lengths])
-        batch = build_batch(prompts, pad_id=0, image_size=1)
+        packed = build_batch(whole, pad_id=0, image_size=1).to(device)
+        expected = model.hidden_states(packed).split([n + NEW for n in lengths])
+        batch = build_batch(prompts, pad_id=0, image_size=1).to(device)
         hidden = model.hidden_states(batch, batch.cu_seqlens[1:].long() - 1, cache)
         cache.advance()
         rows = list(range(len(lengths)))
@@ -36,17 +40,18 @@ def test_decoding_gives_the_hidden_states_of_the_whole(case: str, lengths: tuple
                 torch.testing.assert_close(hidden[index], expected[row][lengths[row] + step - 1], atol=2e-5, rtol=0)
             if step == 2 and len(rows) > 2:
                 rows = [0, 2]
-                cache.keep(torch.tensor(rows))
-            tokens = torch.tensor([[whole[row].tokens[lengths[row] + step]] for row in rows])
-            positions = torch.tensor([[lengths[row] + step] for row in rows])
+                cache.keep(torch.tensor(rows, device=device))
+            tokens = torch.tensor([[whole[row].tokens[lengths[row] + step]] for row in rows], device=device)
+            positions = torch.tensor([[lengths[row] + step] for row in rows], device=device)
             hidden = model.language_model.model(model.embed(tokens), positions, cache.mask, cache)[:, 0]
             cache.advance()
 
 
+@pytest.mark.device
 def test_every_query_sees_itself() -> None:
     spec = parts("text_mistral").spec.text
-    cache = Cache(spec, (2, 12), 3, torch.float32, torch.device("cpu"))
-    k = torch.zeros(1, 14, spec.num_kv_heads, spec.head_dim)
+    cache = Cache(spec, (2, 12), 3, torch.float32, hardware().device)
+    k = torch.zeros(1, 14, spec.num_kv_heads, spec.head_dim, device=hardware().device)
     for layer in range(spec.num_layers):
         cache.append(layer, k, k)
     for _ in range(3):
@@ -59,4 +64,4 @@ def test_every_query_sees_itself() -> None:
 
 def test_rows_of_one_length_need_no_padding_mask() -> None:
     spec = parts("text_llama").spec.text
-    assert Cache(spec, (4, 4), 3, torch.float32, torch.device("cpu")).mask.key_valid is None
+    assert Cache(spec, (4, 4), 3, torch.float32, hardware().device).mask.key_valid is None

@@ -8,9 +8,8 @@ import torch
 from llava_core.errors import ConfigError
 from llava_core.inference.generate import Stop
 from llava_core.inference.sampling import GenerationSettings, Sampler
+from tests.hardware import hardware
 from tests.unit.inference.support import tokenizer
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -32,22 +31,26 @@ def test_settings_that_cannot_be_honoured(options: dict[str, Any], message: str)
         GenerationSettings(**options)
 
 
+@pytest.mark.device
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
     settings = GenerationSettings(temperature=0.8, top_k=3)
     rows = 4000
-    sampler = Sampler(settings, [torch.tensor([0])] * rows, [str(row) for row in range(rows)], CPU)
-    counts = torch.bincount(torch.tensor(sampler.choose(logits.expand(rows, -1))), minlength=4) / rows
+    sampler = Sampler(settings, [torch.tensor([0])] * rows, [str(row) for row in range(rows)], hardware().device)
+    counts = (
+        torch.bincount(torch.tensor(sampler.choose(logits.expand(rows, -1).to(hardware().device))), minlength=4) / rows
+    )
     allowed = torch.tensor([1.0, 0.0, float("-inf"), 2.0])
     # Four standard deviations of a share of 4000 draws.
     torch.testing.assert_close(counts, (allowed / 0.8).softmax(0), atol=4 * 0.5 * rows**-0.5, rtol=0)
     assert counts[2] == 0
 
 
+@pytest.mark.device
 def test_a_repeated_token_is_penalised_in_its_own_row_alone() -> None:
     prompts = [torch.tensor([2, 5]), torch.tensor([1])]
-    sampler = Sampler(GenerationSettings(repetition_penalty=2.0), prompts, ["a", "b"], CPU)
-    logits = torch.tensor([[0.0, 1.0, 1.8, 0.0, 0.0, 1.9], [0.0, 1.9, 1.8, 0.0, 0.0, 1.0]])
+    sampler = Sampler(GenerationSettings(repetition_penalty=2.0), prompts, ["a", "b"], hardware().device)
+    logits = torch.tensor([[0.0, 1.0, 1.8, 0.0, 0.0, 1.9], [0.0, 1.9, 1.8, 0.0, 0.0, 1.0]], device=hardware().device)
     assert sampler.choose(logits) == [1, 2]
     assert sampler.choose(logits) == [5, 5]  # 1.9 / 2 and 1.8 / 2 against 1.0 / 2; 1.0 against 0.95 and 0.9
     sampler.keep([1])

@@ -14,6 +14,7 @@ from llava_core.model.llava import Llava, splice
 from llava_core.testing.models import random_example, save_folder, tiny_llava_config, tiny_model, tiny_vision_config
 from llava_core.weights.load import load_model
 from llava_core.weights.source import from_folder
+from tests.hardware import hardware
 
 ALL_PARTS = frozenset({"vision", "projector", "language"})
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,7 +28,7 @@ def build(tmp_path: Path):
         folder = save_folder(tiny_model(tiny_llava_config(**changes)), tmp_path / "llava")
         source = from_folder(folder)
         return load_model(
-            source, OpSet.of({}), compute_dtype=dtype, device=torch.device("cpu"), trainable=frozenset(trainable)
+            source, OpSet.of({}), compute_dtype=dtype, device=hardware().device, trainable=frozenset(trainable)
         )
 
     return build
@@ -35,7 +36,7 @@ def build(tmp_path: Path):
 
 def batch_of(model: Llava, *pieces: tuple[int, ...]):
     examples = [random_example(model.spec, lengths, seed) for seed, lengths in enumerate(pieces)]
-    return build_batch(examples, pad_id=0, image_size=model.spec.vision.image_size)
+    return build_batch(examples, pad_id=0, image_size=model.spec.vision.image_size).to(hardware().device)
 
 
 def mixed_batch(model: Llava):
@@ -45,11 +46,12 @@ def mixed_batch(model: Llava):
 def loss_and_gradients(model: Llava, batch):
     model.zero_grad(set_to_none=True)
     num_labels = batch.counts.label_tokens
-    loss = model(batch, torch.full((num_labels,), 1 / num_labels))
+    loss = model(batch, torch.full((num_labels,), 1 / num_labels, device=hardware().device))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.device
 @DTYPES
 @pytest.mark.parametrize("trainable", [ALL_PARTS, {"projector"}], ids=["all", "projector"])
 def test_recompute_changes_no_bit(build, dtype, trainable):
@@ -80,6 +82,7 @@ def count_calls(modules) -> Counter[int]:
     return calls
 
 
+@pytest.mark.device
 def test_selected_hidden_states_equal_the_full_ones(build):
     model = build()
     batch = mixed_batch(model)
@@ -90,17 +93,19 @@ def test_selected_hidden_states_equal_the_full_ones(build):
     torch.testing.assert_close(selected, full[batch.label_index], rtol=0, atol=4e-6)
 
 
+@pytest.mark.device
 def test_no_position_selected(build):
     model = build()
     batch = mixed_batch(model)
     assert model.hidden_states(batch, batch.label_index[:0]).shape == (0, 64)
 
 
+@pytest.mark.device
 def test_loss_is_the_weighted_sum(build):
     """Weights of two samples apart give the parts of the sum."""
     model = build()
     batch = mixed_batch(model)
-    weights = torch.rand(batch.counts.label_tokens)
+    weights = torch.rand(batch.counts.label_tokens).to(hardware().device)
     first = torch.zeros_like(weights)
     first[: batch.labels_per_sample[0]] = weights[: batch.labels_per_sample[0]]
     with torch.no_grad():
@@ -109,12 +114,13 @@ def test_loss_is_the_weighted_sum(build):
     torch.testing.assert_close(whole, parts)
 
 
+@pytest.mark.device
 def test_batch_without_labels_has_zero_loss_and_gradients(build):
     model = build()
     example = random_example(model.spec, (4, 9))
     example.supervised.zero_()
-    batch = build_batch([example], pad_id=0, image_size=24)
-    loss = model(batch, torch.zeros(0))
+    batch = build_batch([example], pad_id=0, image_size=24).to(hardware().device)
+    loss = model(batch, torch.zeros(0, device=hardware().device))
     loss.backward()
     assert loss == 0
     assert torch.count_nonzero(model.multi_modal_projector.linear_1.weight.grad) == 0
@@ -138,6 +144,7 @@ def test_a_trained_tower_keeps_its_graph(build):
     assert seen[0].grad_fn is not None
 
 
+@pytest.mark.device
 def test_only_the_projector_gets_gradients(build):
     model = build({"projector"})
     _, gradients = loss_and_gradients(model, mixed_batch(model))
@@ -167,6 +174,7 @@ def test_tower_runs_once_without_images(build):
     assert calls == {0: 1, 1: 1}
 
 
+@pytest.mark.device
 def test_the_pixels_of_the_stand_in_image_change_nothing(build):
     model = build()
     batch = batch_of(model, (7,), (3,))
@@ -177,17 +185,19 @@ def test_the_pixels_of_the_stand_in_image_change_nothing(build):
 
 def test_full_selection_keeps_the_class_token(build):
     model = build(vision_feature_select_strategy="full")
-    assert model.encode_images(torch.zeros(2, 3, 24, 24)).shape == (2, 10, 64)
+    assert model.encode_images(torch.zeros(2, 3, 24, 24, device=hardware().device)).shape == (2, 10, 64)
 
 
 def test_siglip_has_no_class_token(build):
     model = build(vision=tiny_vision_config("siglip"), vision_feature_select_strategy="full")
-    assert model.encode_images(torch.zeros(2, 3, 24, 24)).shape == (2, 9, 64)
+    assert model.encode_images(torch.zeros(2, 3, 24, 24, device=hardware().device)).shape == (2, 9, 64)
 
 
+@pytest.mark.device
 def test_splice_puts_rows_in_their_places():
-    x = torch.zeros(7, 2)
-    features = torch.arange(1.0, 9.0).reshape(2, 2, 2)
-    spliced = splice(x, features, torch.tensor([5, 6, 1, 2]))
+    device = hardware().device
+    x = torch.zeros(7, 2, device=device)
+    features = torch.arange(1.0, 9.0).reshape(2, 2, 2).to(device)
+    spliced = splice(x, features, torch.tensor([5, 6, 1, 2], device=device))
     assert spliced[:, 0].tolist() == [0, 5, 7, 0, 0, 1, 3]
     assert not x.any(), "the embeddings are not written to"

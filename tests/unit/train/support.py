@@ -20,16 +20,17 @@ from llava_core.testing.datasets import TinyParts
 from llava_core.train import loop, resume
 from llava_core.train.interrupt import StopRequest
 from llava_core.train.prepare import Run, prepare
+from tests.hardware import backend_name
 
 TIMINGS = {"data_time", "time", "tflops", "tokens_per_sec", "text_tokens_per_sec", "memory"}
 """What a clock or the machine decides: everything else in a line of metrics repeats bit for bit."""
 
 
 def tiny_settings(parts: TinyParts, output: Path, *overrides: str) -> dict[str, Any]:
-    """The settings of a quick run, changed by `key=value` as on the command line."""
+    """The settings of a quick run on the backend under test, changed by `key=value` as on the command line."""
     source = output.with_suffix(".base.yaml")
     source.write_text(json.dumps(parts.settings(output)))  # JSON is YAML
-    return merge(str(source), overrides)
+    return merge(str(source), (f"backend.name={backend_name()}", *overrides))
 
 
 def tiny_run(parts: TinyParts, output: Path, *overrides: str) -> Run:
@@ -69,8 +70,8 @@ def metrics_rows(output: Path) -> list[dict[str, Any]]:
 
 
 def engine_tensors(run: Run) -> dict[str, Tensor]:
-    """Weights, moments and random states, copied."""
-    return {name: tensor.clone() for name, tensor in run.engine.state()[0].items()}
+    """Weights, moments and random states, copied to the host."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in run.engine.state()[0].items()}
 
 
 def assert_bit_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from llava_core.train.prepare import Run, build_schedule, prepare
 from tests.unit.train.support import metrics_rows, quiet, tiny_run, tiny_settings
 
 
+@pytest.mark.device
 def test_a_run_learns_and_leaves_everything(parts: TinyParts, tmp_path: Path) -> None:
     output = tmp_path / "run"
     changes = ("train.max_steps=15", "optimizer.learning_rate=3e-3", "log.trackers=[tensorboard]")
@@ -123,6 +124,7 @@ def test_an_output_that_is_a_file_is_refused(parts: TinyParts, tmp_path: Path) -
         tiny_run(parts, tmp_path / "run")
 
 
+@pytest.mark.device
 def test_a_text_only_model_trains_on_the_rows_it_can_use(parts: TinyParts, tmp_path: Path) -> None:
     rows = [row for row in json.loads(parts.data.read_text()) if "image" not in row]
     (tmp_path / "text.json").write_text(json.dumps(rows))

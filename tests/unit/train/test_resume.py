@@ -67,11 +67,23 @@ def test_resumed_at_every_step_it_ends_bit_equal(case: str, parts: TinyParts, tm
     saving = finish(parts, tmp_path / "saving", *overrides(case), "checkpoint.every_steps=1")
     assert_bit_equal(saving.tensors, plain.tensors)  # saving changes nothing
     for step in range(1, STEPS + 1):
-        output = as_stopped_after(step, saving, tmp_path / f"from-{step}")
-        run = tiny_run(parts, output, *overrides(case))
-        assert run_to_end(run) == plain.taken[step:]
-        assert metrics_rows(output) == plain.rows, f"resumed after step {step}"
-        assert_bit_equal(engine_tensors(run), plain.tensors)
+        assert_resumes(parts, as_stopped_after(step, saving, tmp_path / f"from-{step}"), plain, step, case)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("case", ["packed", "bf16_everything", "fp16"])
+def test_resumed_in_a_new_epoch_it_ends_bit_equal(case: str, parts: TinyParts, tmp_path: Path) -> None:
+    """The same at one step, for devices, some of which take their time."""
+    whole = finish(parts, tmp_path / "whole", *overrides(case), "checkpoint.every_steps=6")
+    assert_resumes(parts, as_stopped_after(6, whole, tmp_path / "run"), whole, 6, case)
+
+
+def assert_resumes(parts: TinyParts, output: Path, whole: Finished, step: int, case: str) -> None:
+    """The run that stopped after `step` ends as the whole one did."""
+    run = tiny_run(parts, output, *overrides(case))
+    assert run_to_end(run) == whole.taken[step:]
+    assert metrics_rows(output) == whole.rows, f"resumed after step {step}"
+    assert_bit_equal(engine_tensors(run), whole.tensors)
 
 
 def test_the_cases_are_what_they_are_for(parts: TinyParts, tmp_path: Path) -> None:
@@ -83,7 +95,7 @@ def test_the_cases_are_what_they_are_for(parts: TinyParts, tmp_path: Path) -> No
     assert len(modalities) == 1, "grouped by modality"
 
 
-@pytest.mark.parametrize("workers", [(0, 2), (2, 0)])
+@pytest.mark.parametrize("workers", [pytest.param((0, 2), marks=pytest.mark.device), (2, 0)])
 def test_the_number_of_workers_may_change(workers: tuple[int, int], parts: TinyParts, tmp_path: Path) -> None:
     before, after = (f"data.num_workers={number}" for number in workers)
     whole = finish(parts, tmp_path / "whole", *overrides("packed"), "checkpoint.every_steps=1", before)

@@ -36,6 +36,7 @@ from llava_core.weights.load import load_model
 from llava_core.weights.shards import TensorToWrite, write_weights
 from llava_core.weights.source import from_folder
 from llava_core.weights.vocabulary import grown, stop_ids
+from tests.hardware import hardware
 from tests.parity.support import ours_name
 from tests.unit.inference.support import CONFIGS, VOCAB_SIZE, Parts, parts, picture, processor, tokenizer
 
@@ -60,13 +61,15 @@ def run_export(folder: Path, case: str = "clip", template: Template = V1, **opti
 
 
 def read_back(folder: Path, dtype: torch.dtype = torch.float32) -> Llava:
-    return load_model(from_folder(folder), OpSet.of({}), compute_dtype=dtype, device=torch.device("cpu"))
+    return load_model(from_folder(folder), OpSet.of({}), compute_dtype=dtype, device=hardware().device)
 
 
 def our_logits(model: Llava, example: Any) -> torch.Tensor:
+    """On the host."""
     size = model.spec.vision.image_size if model.spec.vision else 1
+    batch = build_batch([example], pad_id=0, image_size=size).to(hardware().device)
     with torch.no_grad():
-        return model.logits(model.hidden_states(build_batch([example], pad_id=0, image_size=size)))
+        return model.logits(model.hidden_states(batch)).cpu()
 
 
 def our_prompt(source: Parts, tok: Any, template: Template, turns: tuple[Turn, ...], images: list[Any], **options: Any):
@@ -75,6 +78,7 @@ def our_prompt(source: Parts, tok: Any, template: Template, turns: tuple[Turn, .
     return assistant.build_example("prompt", turns, images)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("case", LLAVAS)
 def test_transformers_loads_an_export_and_gives_the_same_logits(case: str, tmp_path: Path) -> None:
     source = parts(case)
@@ -103,6 +107,7 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(case: str, tmp_p
     )
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("case", TEXTS)
 def test_a_language_model_is_exported_as_one(case: str, tmp_path: Path) -> None:
     source = parts(case)
@@ -120,6 +125,7 @@ def test_a_language_model_is_exported_as_one(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(our_logits(source.model, example), expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("case", list(CONFIGS))
 def test_our_reader_reads_the_same_weights(case: str, tmp_path: Path) -> None:
     source = parts(case)
@@ -248,6 +254,7 @@ def test_a_plugins_template_is_refused_before_anything_is_written(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.device
 def test_the_vocabulary_grows_for_the_image_token(tmp_path: Path) -> None:
     tok = tokenizer()
     assert len(tok) == VOCAB_SIZE
@@ -300,17 +307,19 @@ def test_end_marks_become_end_tokens(tmp_path: Path) -> None:
     assert stop_ids(tokenizer(), ("<|im_end|>",)) == (2,)  # several tokens: no id says it
 
 
+@pytest.mark.device
 def test_weights_of_another_dtype(tmp_path: Path) -> None:
     folder = run_export(tmp_path / "hf", dtype=torch.bfloat16)
     assert LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
     for name, tensor in load_file(folder / "model.safetensors").items():
         original = parts("clip").model.get_parameter(name)
-        assert torch.equal(tensor[: len(original)], original.bfloat16()), name
+        assert torch.equal(tensor[: len(original)], original.cpu().bfloat16()), name
     with pytest.raises(WeightsError, match="float64"):
         run_export(tmp_path / "wide", dtype=torch.float64)
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.device
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "MAX_FILE_BYTES", 120_000)
     folder = run_export(tmp_path / "hf")

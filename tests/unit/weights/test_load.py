@@ -28,14 +28,21 @@ from llava_core.testing.models import (
 from llava_core.weights.hf_config import model_spec, read_config
 from llava_core.weights.load import load_model
 from llava_core.weights.source import ModelSource, compose, from_folder
+from tests.hardware import hardware
 
-CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
 
 
 def load(source: ModelSource, *, trainable=(), dtype=torch.float32, seed=0) -> Llava:
-    ops = OpSet.of({})
-    return load_model(source, ops, compute_dtype=dtype, device=CPU, trainable=frozenset(trainable), projector_seed=seed)
+    """The model on the device under test."""
+    return load_model(
+        source,
+        OpSet.of({}),
+        compute_dtype=dtype,
+        device=hardware().device,
+        trainable=frozenset(trainable),
+        projector_seed=seed,
+    )
 
 
 def rewrite(folder: Path, change) -> None:
@@ -57,7 +64,8 @@ def assert_holds(model: Llava, hf, prefix: str = "") -> None:
     """Each parameter of `hf` under its name on the hub, bit for bit."""
     parameters = dict(model.named_parameters())
     for name, tensor in classic_tensors(hf).items():
-        assert torch.equal(parameters[prefix + name], tensor), name
+        assert parameters[prefix + name].device == hardware().device, name
+        assert torch.equal(parameters[prefix + name].cpu(), tensor), name
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +94,7 @@ def parts(tmp_path) -> dict[str, Any]:
 # ---- what loads
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("layout", ["classic", "current"])
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_whole_llava(tmp_path, layout, family):
@@ -98,6 +107,7 @@ def test_whole_llava(tmp_path, layout, family):
     assert source.files == (tmp_path / "llava" / WEIGHTS,)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_language_model_alone(tmp_path, family):
     hf = tiny_model(tiny_text_config(family))
@@ -131,6 +141,7 @@ def test_siglips_pooling_head_is_left_out(tmp_path):
     assert not any(".head." in name for name, _ in load(from_folder(folder)).named_parameters())
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", ["language_model.lm_head.weight", "lm_head.weight"])
 def test_a_tied_head_written_twice(tmp_path, name):
     hf = tiny_model(tiny_llava_config(tiny_text_config(tie_word_embeddings=True), tie_word_embeddings=True))
@@ -166,15 +177,17 @@ def test_compose_takes_the_vision_half_of_a_whole_clip(parts, tmp_path):
 
 
 def projector_weights(model: Llava) -> list[torch.Tensor]:
-    return [p.detach() for p in model.multi_modal_projector.parameters()]
+    return [p.detach().cpu() for p in model.multi_modal_projector.parameters()]
 
 
+@pytest.mark.device
 def test_a_fresh_projector_follows_its_seed(parts):
     first, again, other = (projector_weights(load(compose(**parts), seed=seed)) for seed in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.device
 def test_a_fresh_projector_leaves_the_global_generator_alone(parts):
     state = torch.get_rng_state()
     load(compose(**parts))
@@ -268,6 +281,7 @@ def mapped_file(tensor: torch.Tensor) -> str | None:
     return None
 
 
+@pytest.mark.device
 def test_trainable_parts_are_fp32_copies_and_frozen_ones_in_the_compute_dtype(hf, tmp_path):
     folder = save_folder(hf, tmp_path, dtype=torch.bfloat16)
     model = load(from_folder(folder), trainable={"projector"}, dtype=torch.bfloat16)
@@ -287,6 +301,7 @@ def test_frozen_tensors_stay_mapped(hf, tmp_path, dtype):
     assert all(mapped_file(p) is None for p in model.multi_modal_projector.parameters())
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_training_never_writes_to_the_file(hf, folder, suffix):
     file = folder / WEIGHTS
