@@ -1,7 +1,8 @@
 """Real runs of the command in forked children, to be signalled, killed and started again.
 
-A fork has torch imported already, so that a start takes a fraction of a second. Each child leads a process group of its
-own, as a job of a shell does, and leaves through `os._exit`.
+A fork has torch imported already, so that a start takes a fraction of a second, and leaves through `os._exit`. That is
+for the host alone: what a device's driver holds in the parent is of no use in a fork, so that there the child becomes a
+fresh process of Python. Each child leads a process group of its own, as a job of a shell does.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from typing import Any
 from torch import Tensor
 
 from llava_core.cli.main import main
+from llava_core.engine.hardware import HOST
 from llava_core.testing.datasets import TinyParts
 from llava_core.train.checkpoint import State, load_state
+from tests.hardware import backend_name
 
 STEPS = 12
 FINAL = f"step-{STEPS:08d}"
 TIMEOUT_SECONDS = 120
+MAIN = "from llava_core.cli.main import main; main()"
 CLOCKED = {"data_time", "time", "tflops", "tokens_per_sec", "text_tokens_per_sec", "memory"}
 
 
@@ -73,9 +77,10 @@ class Command:
 
 
 def command(parts: TinyParts, output: Path, *overrides: str) -> Command:
-    """A run of STEPS steps that saves the last one."""
+    """A run of STEPS steps on the backend under test that saves the last one."""
     config = output.with_suffix(".yaml")
-    config.write_text(json.dumps(parts.settings(output)))  # JSON is YAML
+    backend = {"backend": {"name": backend_name(), "threads": 1}}
+    config.write_text(json.dumps(parts.settings(output) | backend))  # JSON is YAML
     common = (f"train.max_steps={STEPS}", "checkpoint.keep=null", f"checkpoint.every_steps={STEPS}")
     return Command(config, output, (*common, *overrides))
 
@@ -141,6 +146,9 @@ def _run_child(command: Command, before: Callable[[], None]) -> None:
         descriptor = os.open(command.output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        if backend_name() != HOST:
+            before()
+            os.execv(sys.executable, [sys.executable, "-c", MAIN, *command.arguments])
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         warnings.resetwarnings()  # pytest makes errors of them; a user's process prints them
         sys.argv = ["llava-core", *command.arguments]

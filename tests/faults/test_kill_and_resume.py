@@ -15,6 +15,7 @@ import pytest
 
 from llava_core.testing.datasets import TinyParts, tiny_parts
 from tests.faults.runs import (
+    MAIN,
     STEPS,
     Command,
     assert_same_end,
@@ -54,7 +55,7 @@ def interrupted(run: Command, send: Callable[[int], None], chance: random.Random
 @pytest.mark.parametrize(
     ("number", "code", "seed"),
     [
-        (signal.SIGTERM, 143, 0),
+        pytest.param(signal.SIGTERM, 143, 0, marks=pytest.mark.device),
         (signal.SIGINT, 130, 1),
         pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, 3, marks=pytest.mark.slow),
@@ -132,6 +133,7 @@ def test_killed_again_and_again_it_still_ends_bit_equal(
 
 
 @pytest.mark.slow
+@pytest.mark.device
 def test_a_killed_worker_ends_the_run_soon_and_the_next_start_goes_on(
     parts: TinyParts, whole: Command, tmp_path: Path
 ) -> None:
@@ -151,7 +153,7 @@ def test_a_killed_worker_ends_the_run_soon_and_the_next_start_goes_on(
 @pytest.mark.slow
 def test_the_console_script_has_the_documented_exit_code(parts: TinyParts, whole: Command, tmp_path: Path) -> None:
     run = command(parts, tmp_path / "run")
-    script = [sys.executable, "-c", "from llava_core.cli.main import main; main()"]
+    script = [sys.executable, "-c", MAIN]
     with subprocess.Popen([*script, *run.arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         wait_for(lambda: run.lines() >= 2, "step 2")
         process.terminate()

@@ -24,6 +24,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
     return tiny_parts(tmp_path_factory.mktemp("parts"), num_rows=36)
 
 
+@pytest.mark.device
 def test_a_run_that_diverges_stops_before_it_spoils_a_checkpoint(parts: TinyParts, tmp_path: Path) -> None:
     changes = ("optimizer.learning_rate=1e30", "checkpoint.every_steps=1", "optimizer.warmup_fraction=null")
     run = command(parts, tmp_path / "run", *changes)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from llava_core.errors import CheckpointError
 from llava_core.train import checkpoint
 from llava_core.train.checkpoint import JSON, load_newest, load_state, save_state
+from tests.hardware import hardware
 
 DTYPES = sorted(checkpoint._DTYPE_NAMES, key=str)
 
@@ -47,6 +48,18 @@ def test_every_dtype_and_shape_returns_bit_for_bit(tmp_path: Path, dtype: torch.
         "empty middle": torch.empty(3, 0, 2, dtype=dtype),
     }
     assert_same(load_state(save_state(tmp_path, 1, tensors, {}, keep=None)).tensors, tensors)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8], ids=str)
+def test_tensors_on_a_device_return_to_the_host_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    matrix = torch.randint(0, 256, (4, 6 * dtype.itemsize), dtype=torch.uint8).view(dtype)
+    there = matrix.to(hardware().device)
+    saved = {"matrix": there, "transposed": there.t(), "column": there[:, 2], "empty": there[:0]}
+    loaded = load_state(save_state(tmp_path, 1, saved, {}, keep=None)).tensors
+    assert {tensor.device.type for tensor in loaded.values()} == {"cpu"}
+    expected = {"matrix": matrix, "transposed": matrix.t(), "column": matrix[:, 2], "empty": matrix[:0]}
+    assert_same(loaded, expected)
 
 
 def test_mixed_dtypes_of_odd_sizes_share_a_file(tmp_path: Path) -> None:
