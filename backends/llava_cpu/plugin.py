@@ -7,4 +7,4 @@ from llava_core.plugins import Contribution, hookimpl
 
 @hookimpl
 def llava_register_backends() -> list[Contribution]:
-    return [Contribution("cpu", "llava_cpu.backend:CpuBackend", "any CPU that PyTorch runs on")]
+    return [Contribution("cpu", "llava_cpu.backend:CpuBackend", "any CPU that PyTorch runs on", api_version=1)]

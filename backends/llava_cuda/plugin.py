@@ -7,4 +7,4 @@ from llava_core.plugins import Contribution, hookimpl
 
 @hookimpl
 def llava_register_backends() -> list[Contribution]:
-    return [Contribution("cuda", "llava_cuda.backend:CudaBackend", "NVIDIA GPUs through PyTorch CUDA")]
+    return [Contribution("cuda", "llava_cuda.backend:CudaBackend", "NVIDIA GPUs through PyTorch CUDA", api_version=1)]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from llava_core.backend import PrecisionCaps
 
-FIRST_GENERATION = frozenset(
-    {"Ascend910", "Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910B", "Ascend910ProB"}
-)
-"""Training chips before Atlas A2, whose names (Ascend910B1 to B4) only look like one of these."""
-
-INFERENCE = "Ascend310"
-"""How the names of the chips for inference begin."""
+SECOND_GENERATION = re.compile(r"Ascend(910B\d|910_93|950)")
+"""Atlas A2 (Ascend910B1 to B4), Atlas A3 and Ascend 950, by torch_npu's names. Plain Ascend910B is an older chip."""
 
 
 def soc_name() -> str | None:
@@ -25,19 +22,19 @@ def soc_name() -> str | None:
     return name
 
 
-def is_first_generation(soc: str) -> bool:
-    """Whether the chip is none of Atlas A2 and later: no bf16, few of the fused ops, fp16 that saturates."""
-    return soc in FIRST_GENERATION or soc.startswith(INFERENCE)
+def is_second_generation(soc: str) -> bool:
+    """Whether the chip is of Atlas A2 or later: it has bf16, the fused ops, and fp16 that overflows to infinity."""
+    return SECOND_GENERATION.match(soc) is not None
 
 
 def precision_caps(soc: str | None) -> PrecisionCaps:
     """The dtypes that a chip computes in."""
     if soc is None:
         return PrecisionCaps(frozenset({torch.float32}), torch.float32, "no device to ask")
-    if is_first_generation(soc):
+    if not is_second_generation(soc):
         # fp16 is left out: its sums saturate at 65504 there, so that neither a loss scale nor a check for infinity
         # sees that they overflowed (torch_npu's `is_support_inf_nan`).
-        reason = f"{soc} has no bf16, and its fp16 saturates where a loss scale needs infinity"
+        reason = f"{soc} is none of Atlas A2 and later: no bf16, and fp16 saturates where a loss scale needs infinity"
         return PrecisionCaps(frozenset({torch.float32}), torch.float32, reason)
     compute = frozenset({torch.float32, torch.bfloat16, torch.float16})
     return PrecisionCaps(compute, torch.bfloat16, f"{soc} multiplies bf16 in hardware")

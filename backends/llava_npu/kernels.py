@@ -20,7 +20,6 @@ it was reasoned from.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -28,14 +27,11 @@ import torch
 
 from llava_core.backend import KernelSpec, No, OpRequest, Yes
 from llava_core.backend.kernels import Verdict, always
-from llava_npu.devices import soc_name
+from llava_npu.devices import is_second_generation, soc_name
 
 Limits: TypeAlias = Callable[[OpRequest, str], Verdict]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-DOCUMENTED_CHIPS = re.compile(r"Ascend(910B\d|910_93|950)")
-"""Atlas A2 (Ascend910B1 to B4), Atlas A3 and Ascend 950, by torch_npu's names. Plain Ascend910B is an older chip."""
 
 
 def on_device(limits: Limits) -> Callable[[OpRequest], Verdict]:
@@ -53,7 +49,7 @@ def fused_limits(request: OpRequest, soc: str) -> Verdict:
 
     Of RMSNorm, torch_npu's page names the first generation as well, but CANN's page of aclnnRmsNormGrad excludes it.
     """
-    if not DOCUMENTED_CHIPS.match(soc):
+    if not is_second_generation(soc):
         return No(f"documented for Atlas A2, Atlas A3 and Ascend 950, not listed for {soc}")
     if request.dtype not in DTYPES:
         return No(f"computes in bf16, fp16 and fp32, not in {request.dtype}")

@@ -7,4 +7,4 @@ from llava_core.plugins import Contribution, hookimpl
 
 @hookimpl
 def llava_register_backends() -> list[Contribution]:
-    return [Contribution("npu", "llava_npu.backend:NpuBackend", "Huawei Ascend NPUs through torch_npu")]
+    return [Contribution("npu", "llava_npu.backend:NpuBackend", "Huawei Ascend NPUs through torch_npu", api_version=1)]

@@ -26,13 +26,14 @@ class Contribution:
         name: what a user writes to choose it, e.g. `--backend NAME`.
         load: the object's address, `package.module:attribute`.
         summary: one line for listings.
-        api_version: the `API_VERSION` the plugin was written for.
+        api_version: the `API_VERSION` that the plugin was written for, as a number: a plugin that names the constant
+            would always fit.
     """
 
     name: str
     load: str
     summary: str
-    api_version: int = API_VERSION
+    api_version: int
 
 
 @hookspec

@@ -7,4 +7,8 @@ from llava_core.plugins import Contribution, hookimpl
 
 @hookimpl
 def llava_register_trackers() -> list[Contribution]:
-    return [Contribution("tensorboard", "llava_core.train.trackers:TensorboardTracker", "TensorBoard event files")]
+    return [
+        Contribution(
+            "tensorboard", "llava_core.train.trackers:TensorboardTracker", "TensorBoard event files", api_version=1
+        )
+    ]

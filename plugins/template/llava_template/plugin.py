@@ -11,4 +11,4 @@ WRITTEN_FOR_API = 1
 @hookimpl
 def llava_register_backends() -> list[Contribution]:
     summary = "the host, through the whole interface"  # VENDOR: what it drives, in one line
-    return [Contribution("template", "llava_template.backend:TemplateBackend", summary, WRITTEN_FOR_API)]
+    return [Contribution("template", "llava_template.backend:TemplateBackend", summary, api_version=WRITTEN_FOR_API)]

@@ -50,7 +50,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "from llava_core.plugins import Contribution, hookimpl\n"
         "@hookimpl\n"
         "def llava_register_backends():\n"
-        "    return [Contribution('broken', 'broken_backend:BrokenBackend', 'for a test')]\n"
+        "    return [Contribution('broken', 'broken_backend:BrokenBackend', 'for a test', api_version=1)]\n"
     )
     (tmp_path / "site/broken_backend.py").write_text(
         "from torch.nn.functional import silu\n"

@@ -207,7 +207,7 @@ def test_a_new_backend_needs_nothing_but_an_entry_point(capsys, config: Path, tm
         "from llava_core.plugins import Contribution, hookimpl\n"
         "@hookimpl\n"
         "def llava_register_backends():\n"
-        "    return [Contribution('dummy', 'dummy_backend:DummyBackend', 'for a test')]\n"
+        "    return [Contribution('dummy', 'dummy_backend:DummyBackend', 'for a test', api_version=1)]\n"
     )
     (tmp_path / "site/dummy_backend.py").write_text(
         "from llava_core.backend import Probe\n"

@@ -20,7 +20,7 @@ from llava_core.plugins import Contribution, hookimpl
 
 @hookimpl
 def llava_register_backends():
-    return [Contribution({name!r}, __name__ + ":Broken", "for tests")]
+    return [Contribution({name!r}, __name__ + ":Broken", "for tests", api_version=1)]
 """
 
 BACKEND = """
@@ -78,7 +78,7 @@ BROKEN = {
     "missinglib": Broken("import no_such_library", "No module named 'no_such_library'", "import no_such_library"),
     "quits": Broken("raise SystemExit('no driver')", "SystemExit: no driver", "raise SystemExit"),
     "future": Broken(
-        HOOK.format(name="future").replace('"for tests"', f'"for tests", {API_VERSION + 1}'),
+        HOOK.format(name="future").replace("api_version=1", f"api_version={API_VERSION + 1}"),
         f"was written for plugin API {API_VERSION + 1}; this llava-core speaks API {API_VERSION}",
     ),
     "typo": Broken(
@@ -86,7 +86,13 @@ BROKEN = {
         "unknown hook 'llava_register_backend'; there are: llava_register_backends",
     ),
     "unmarked": Broken(HOOK.format(name="unmarked").replace("@hookimpl", ""), "registers nothing"),
-    "bare": Broken(HOOK.format(name="bare").replace("[Contribution(", "(").replace('")]', '")'), "expected a list of"),
+    "unversioned": Broken(
+        HOOK.format(name="unversioned").replace(", api_version=1", ""),
+        "missing 1 required positional argument: 'api_version'",
+    ),
+    "bare": Broken(
+        HOOK.format(name="bare").replace("[Contribution(", "Contribution(").replace(")]", ")"), "expected a list of"
+    ),
     "nowhere": Broken(
         HOOK.format(name="nowhere"),
         "cannot be imported from dummy_nowhere_plugin:Broken: AttributeError",

@@ -20,7 +20,7 @@ class DummyBackend:
 
 @hookimpl
 def llava_register_backends():
-    return [Contribution({name!r}, __name__ + ":DummyBackend", "for tests")]
+    return [Contribution({name!r}, __name__ + ":DummyBackend", "for tests", api_version=1)]
 """
 
 
@@ -75,7 +75,7 @@ def test_a_hook_that_raises_is_a_failure(install: Install) -> None:
 
 
 def test_another_api_version_is_refused_with_both_numbers(install: Install) -> None:
-    install("future", GOOD.format(name="future").replace('"for tests"', f'"for tests", {API_VERSION + 1}'))
+    install("future", GOOD.format(name="future").replace("api_version=1", f"api_version={API_VERSION + 1}"))
     registry = Registry.discover()
     assert "future" not in registry.names("backend")
     assert f"plugin API {API_VERSION + 1}" in reason(registry, "future")
