@@ -89,7 +89,7 @@ BROKEN = {
     "unversioned": Broken(
         HOOK.format(name="unversioned").replace(", api_version=1", ""),
         "missing 1 required positional argument: 'api_version'",
-        "return [Contribution('unversioned'",,
+        "return [Contribution('unversioned'",
     ),
     "bare": Broken(
         HOOK.format(name="bare").replace("[Contribution(", "Contribution(").replace(")]", ")"), "expected a list of"
