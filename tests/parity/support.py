@@ -188,15 +188,20 @@ def build_ours(
     ops: str = "reference",
     trainable: Collection[str] = EVERYTHING,
     compute_dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> Llava:
-    """This library's model with the weights of `model`, on the device under test."""
+    """This library's model with the weights of `model`; on the device under test, where no other is given."""
     parameters = {ours_name(model, name): p.detach() for name, p in model.named_parameters()}
     # SigLIP's pooling head comes after the features; LLaVA has no part like it.
     tensors = {n: (lambda tensor=p: tensor) for n, p in parameters.items() if ".vision_model.head." not in n}
     source = ModelSource(spec, tensors, Path(), None, ())
     op_set = build_ops(ops, spec, compute_dtype)
     return load_model(
-        source, op_set, compute_dtype=compute_dtype, device=hardware().device, trainable=frozenset(trainable)
+        source,
+        op_set,
+        compute_dtype=compute_dtype,
+        device=device or hardware().device,
+        trainable=frozenset(trainable),
     )
 
 
