@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+
+import torch
 
 from llava_core.backend import World
 from llava_core.engine.hardware import HOST, Hardware, load_backend, open_hardware
@@ -28,3 +32,15 @@ def hardware() -> Hardware:
     # What a launcher sets, before the device is opened: some of it must be there for bits to repeat.
     os.environ.update(load_backend(name, registry).launch_env(World(1), os.environ))
     return open_hardware(name, registry, threads=1, deterministic=name != HOST)
+
+
+@contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """Puts back what a run sets for its process."""
+    hardware()  # so that what opening it sets is kept, too
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)

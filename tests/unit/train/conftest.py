@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from llava_core.testing.datasets import TinyParts, tiny_parts
+from tests.hardware import torch_settings_kept
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +18,5 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 
 @pytest.fixture(autouse=True)
 def torch_settings() -> Iterator[None]:
-    """A run sets these for its process."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    with torch_settings_kept():
+        yield
