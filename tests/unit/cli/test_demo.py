@@ -11,23 +11,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_core.cli.demo import INTERRUPTED
+from llava_core.config import RunConfig
 from llava_core.data.readers.llava import LlavaJsonReader
-from llava_core.demo import digits
+from llava_core.demo import digits, stages, towers
 from llava_core.demo.digits import NUM_TRAIN, DigitData, load_digits, picture, write_data
 from llava_core.demo.pictures import COLUMNS, MAX_WRONG, ROWS, Judged, choose
-from llava_core.demo.run import claim
+from llava_core.demo.run import claim, run_demo
 from llava_core.demo.texts import NEXT, PARITY, QUESTIONS, WHAT, answer
 from llava_core.errors import ConfigError
 from llava_core.train.metrics import read_metrics
+from tests.hardware import backend_name, torch_settings_kept
 
 RUN_MAIN = [sys.executable, "-c", "from llava_core.cli.main import main; main()"]
 
@@ -143,6 +148,31 @@ def test_importing_the_command_does_not_load_torch() -> None:
     code = "import sys, llava_core.cli.demo; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.device
+def test_a_short_demo_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of each training, on the backend under test; what it says then is beside the point."""
+    for steps in ("VISION_STEPS", "LANGUAGE_STEPS"):
+        monkeypatch.setattr(towers, steps, 2)
+    for name in ("stage1", "stage2"):
+        monkeypatch.setattr(stages, name, shortened(getattr(stages, name)))
+    with torch_settings_kept():
+        result = run_demo(tmp_path / "demo", backend_name(), 0, Console(quiet=True))
+    assert (result.exit_code, len(result.judged)) == (0, 297)
+    for stage in ("stage1", "stage2"):
+        assert len(losses(tmp_path / "demo" / stage)) == 2
+    LlavaForConditionalGeneration.from_pretrained(tmp_path / "demo" / "hf")
+
+
+def shortened(stage: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
+    """The same stage in two steps."""
+
+    def short(*arguments: Any) -> RunConfig:
+        config = stage(*arguments)
+        return config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 2})})
+
+    return short
 
 
 @pytest.mark.slow
