@@ -211,6 +211,26 @@ class BackendConfig(Section):
     kernels: dict[str, str] = Field(default_factory=dict, description="a kernel for a place in the model, by name")
 
 
+class ParallelConfig(Section):
+    """How a run is spread over its processes. Of one process nothing here matters."""
+
+    data: Literal["full", "grad", "replicate"] = Field(
+        "full",
+        description="what data-parallel processes share: weights, gradients and optimizer state; all but the weights "
+        "between forward and backward; or nothing",
+    )
+    replicas: PositiveInt | None = Field(
+        None, description="with full or grad: so many groups of processes that each share a whole copy (hybrid)"
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field("fp32", description="in which gradients are summed over processes")
+
+    @model_validator(mode="after")
+    def _copies_are_groups(self) -> ParallelConfig:
+        if self.replicas is not None and self.data == "replicate":
+            raise ValueError("replicas groups processes that share a copy: leave it out with data = replicate")
+        return self
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -223,6 +243,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     backend: BackendConfig = BackendConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
