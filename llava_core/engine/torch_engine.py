@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,8 @@ from llava_core.engine.hardware import Hardware
 from llava_core.engine.loss import LossMode, label_weights
 from llava_core.engine.loss_scale import LossScale
 from llava_core.engine.optimizer import build_optimizer, parameter_groups
-from llava_core.errors import CheckpointError, TrainingError
+from llava_core.engine.state import Stored, collect, restore
+from llava_core.errors import TrainingError
 from llava_core.model.llava import Llava
 
 MIN_LOSS_SCALE = 1.0
@@ -95,41 +96,17 @@ class TorchEngine:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What learns and what the optimizer knows: tensors by logical name, and JSON values. Nothing frozen."""
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.trained.items()}
-        for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        rng = {f"rng.{name}": state for name, state in self.hardware.backend.rng.state().items()}
-        return tensors | rng, {"loss_scale": {} if self.loss_scale is None else asdict(self.loss_scale)}
+        return collect(self.trained, self.optimizer, self.hardware.backend.rng, self.loss_scale)
 
-    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def load_state(self, stored: Stored, state: Mapping[str, Any]) -> None:
         """Return to a state, bit for bit.
 
         Raises:
             CheckpointError: it belongs to another model or another choice of trainable parts.
         """
-        self._check_names(tensors)
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "model":
-                self.trained[rest].data.copy_(value)
-            elif kind == "optimizer":
-                key, _, parameter_name = rest.partition(".")
-                moments.setdefault(parameter_name, {})[key] = value
-        self._load_moments(moments)
-        self.hardware.backend.rng.load_state(
-            {key.removeprefix("rng."): value for key, value in tensors.items() if key.startswith("rng.")}
-        )
+        restore(stored, self.trained, self.optimizer, self.hardware.backend.rng)
         if self.loss_scale is not None:
             self.loss_scale = LossScale(**state["loss_scale"])
-
-    def _load_moments(self, moments: Mapping[str, dict[str, Tensor]]) -> None:
-        """Through the optimizer's own loading, which knows where each of its values must live."""
-        names = {id(parameter): name for name, parameter in self.trained.items()}
-        ordered = [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
-        numbered = {index: moments[name] for index, name in enumerate(ordered) if name in moments}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": numbered})
 
     def _accumulate(self, batches: Sequence[Batch]) -> Tensor:
         total = torch.zeros((), device=self.hardware.device)
@@ -171,16 +148,6 @@ class TorchEngine:
             rows = hidden.isfinite().all(-1).cpu().split([b - a for a, b in pairwise(batch.cu_seqlens_host)])
             found += [id for id, row in zip(batch.ids, rows, strict=True) if not row.all()]
         return found
-
-    def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
-        found = {k.removeprefix("model."): v.shape for k, v in tensors.items() if k.startswith("model.")}
-        expected = {name: p.shape for name, p in self.trained.items()}
-        differing = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
-        if differing:
-            raise CheckpointError(
-                f"the checkpoint trains other parameters than this run; {len(differing)} differ, the first: "
-                f"{', '.join(differing[:5])}. Resume with the config it was made with, or use another output folder."
-            )
 
 
 def check_scale(loss_scale: LossScale) -> None:

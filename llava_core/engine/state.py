@@ -1,0 +1,70 @@
+"""What an engine remembers between steps: collected for a checkpoint, and restored from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from llava_core.backend.interface import Rng
+from llava_core.engine.loss_scale import LossScale
+from llava_core.errors import CheckpointError
+
+Trained: TypeAlias = Mapping[str, Tensor]
+"""The parameters that learn, by their names in the model."""
+
+Stored: TypeAlias = Mapping[str, Tensor]
+"""The tensors of a checkpoint, by the names that `collect` gave them."""
+
+
+def collect(
+    trained: Trained, optimizer: Optimizer, rng: Rng, loss_scale: LossScale | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What learns and what the optimizer knows: tensors by logical name, and JSON values. Nothing frozen."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors |= {f"rng.{name}": state for name, state in rng.state().items()}
+    return tensors, {"loss_scale": {} if loss_scale is None else asdict(loss_scale)}
+
+
+def restore(stored: Stored, trained: Trained, optimizer: Optimizer, rng: Rng) -> None:
+    """Return weights, optimizer and random state to what was stored, bit for bit.
+
+    Raises:
+        CheckpointError: it belongs to another model or another choice of trainable parts.
+    """
+    _check_names(stored, trained)
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, value in stored.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            trained[rest].data.copy_(value)
+        elif kind == "optimizer":
+            key, _, parameter_name = rest.partition(".")
+            moments.setdefault(parameter_name, {})[key] = value
+    _load_moments(moments, trained, optimizer)
+    rng.load_state({key.removeprefix("rng."): value for key, value in stored.items() if key.startswith("rng.")})
+
+
+def _load_moments(moments: Mapping[str, dict[str, Tensor]], trained: Trained, optimizer: Optimizer) -> None:
+    """Through the optimizer's own loading, which knows where each of its values must live."""
+    names = {id(parameter): name for name, parameter in trained.items()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    numbered = {index: moments[name] for index, name in enumerate(ordered) if name in moments}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": numbered})
+
+
+def _check_names(stored: Stored, trained: Trained) -> None:
+    found = {k.removeprefix("model."): v.shape for k, v in stored.items() if k.startswith("model.")}
+    expected = {name: p.shape for name, p in trained.items()}
+    differing = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint trains other parameters than this run; {len(differing)} differ, the first: "
+            f"{', '.join(differing[:5])}. Resume with the config it was made with, or use another output folder."
+        )
