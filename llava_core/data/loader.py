@@ -1,97 +1,32 @@
-"""Rows of a data set to the micro-batches of each optimizer step, in an order that a resumed run repeats exactly."""
+"""The micro-batches of each optimizer step, in an order that a resumed run repeats exactly."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
 from llava_core.data.batch import Batch, Counts, Example
-from llava_core.data.image_store import ImageStore
-from llava_core.data.images import ImageProcessor
-from llava_core.data.packing import build_batch, pack_samples, pad_samples
+from llava_core.data.examples import ExampleBuilder, Rejected, decoded
+from llava_core.data.packing import build_batch, filler_batch, pack_samples, pad_samples
 from llava_core.data.quarantine import Quarantine
-from llava_core.data.readers import Reader
-from llava_core.data.records import Record
-from llava_core.data.templates import Template, check_image_count
-from llava_core.data.tokens import encode
-from llava_core.errors import BadRow, DataError, TrainingError
-
-ROWS_PER_MESSAGE = 8
-"""Rows that a worker decodes before it hands them over; a message a row would cost more than the decoding of text."""
-
-
-@dataclass(frozen=True)
-class ImageSide:
-    """How a row's images become pixels."""
-
-    store: ImageStore
-    processor: ImageProcessor
-    visual_tokens: int
-
-
-@dataclass(frozen=True)
-class ExampleBuilder:
-    """Rows to examples. Has no state, so that any worker gives the same example for the same row."""
-
-    reader: Reader
-    template: Template
-    tokenizer: Any
-    images: ImageSide | None
-    pad_id: int
-    max_length: int
-
-    def build(self, record: Record) -> Example:
-        """The example of one row.
-
-        Raises:
-            BadRow: the row cannot be used.
-        """
-        if record.images and self.images is None:
-            raise BadRow("unexpected_image", "the row has an image, and there is no image folder or no vision tower.")
-        conversation = self.template.render(record.turns)
-        check_image_count(conversation, len(record.images))
-        visual_tokens = self.images.visual_tokens if self.images else 1
-        encoded = encode(
-            conversation,
-            self.tokenizer,
-            visual_tokens=visual_tokens,
-            pad_id=self.pad_id,
-            max_length=self.max_length,
-        )
-        kept = record.images[: len(encoded.image_starts)]
-        pixels = None
-        if self.images is not None and kept:
-            pixels = torch.stack([self.images.processor(self.images.store.open(name)) for name in kept])
-        return Example(record.id, encoded.tokens, encoded.supervised, encoded.image_starts, pixels, visual_tokens)
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that could not be used."""
-
-    id: str
-    index: int
-    reason: str
-    message: str
+from llava_core.data.share import WHOLE, News, Share, exchange
+from llava_core.errors import DataError
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step trains on: nothing, where every one of its rows was set aside."""
+    """What one optimizer step trains on: nothing, where every one of its rows was set aside.
+
+    Attributes:
+        batches: this process's micro-batches, as many as each other's: where it has fewer, fillers without labels.
+        counts, num_batches: over all processes, without fillers.
+    """
 
     batches: tuple[Batch, ...]
-
-    @property
-    def counts(self) -> Counts:
-        """Of all its micro-batches."""
-        return sum((batch.counts for batch in self.batches), Counts())
+    counts: Counts
+    num_batches: int
 
 
 @dataclass(frozen=True)
@@ -104,8 +39,13 @@ class Batching:
     pad_id: int
     image_size: int
 
+    @property
+    def chunk(self) -> int:
+        """Samples that go to one process together: a padded micro-batch. Packed ones are formed of what it has."""
+        return self.micro_size or 1
+
     def split(self, examples: Sequence[Example]) -> tuple[Batch, ...]:
-        """The micro-batches of one step's examples."""
+        """The micro-batches of these examples."""
         if self.micro_tokens is not None:
             groups = pack_samples([example.length for example in examples], self.micro_tokens)
         else:
@@ -132,6 +72,7 @@ class StepLoader:
     Args:
         order: the rows' indices of an epoch, by its number.
         num_workers: processes that decode; the steps are the same for any number.
+        share: of each step's rows, for this process.
     """
 
     def __init__(
@@ -141,6 +82,7 @@ class StepLoader:
         batching: Batching,
         quarantine: Quarantine,
         num_workers: int,
+        share: Share = WHOLE,
     ) -> None:
         if len(builder.reader) == 0:
             raise DataError("the data set has no rows.")
@@ -149,6 +91,7 @@ class StepLoader:
         self.batching = batching
         self.quarantine = quarantine
         self.num_workers = num_workers
+        self.share = share
         self.epoch = 0
         self.position = 0
 
@@ -198,80 +141,31 @@ class StepLoader:
         self.quarantine.load_state_dict(state["quarantine"])
 
     def _epoch(self) -> Iterator[Step]:
-        rows = self.order(self.epoch)[self.position :]
-        results = _decoded(self.builder, rows, self.num_workers)
-        for start in range(0, len(rows), self.batching.global_size):
-            taken = list(islice(results, min(self.batching.global_size, len(rows) - start)))
-            examples = self._keep_usable(taken)
-            self.position += len(taken)
-            yield Step(self.batching.split(examples) if examples else ())
+        size, rows = self.batching.global_size, self.order(self.epoch)[self.position :]
+        steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+        own = [self.share.of(step, self.batching.chunk) for step in steps]
+        results = decoded(self.builder, [row for share in own for row in share], self.num_workers)
+        for step, share in zip(steps, own, strict=True):
+            yield self._step(step, list(islice(results, len(share))))
 
-    def _keep_usable(self, results: Sequence[Example | Rejected]) -> list[Example]:
+    def _step(self, rows: Sequence[int], results: Sequence[Example | Rejected]) -> Step:
+        """The step of these rows, of which `results` are this process's."""
         examples = [result for result in results if isinstance(result, Example)]
-        self.quarantine.add_good(len(examples))
-        for result in results:
-            if isinstance(result, Rejected):
-                self.quarantine.add(result.id, result.index, result.reason, result.message)
+        batches = self.batching.split(examples) if examples else ()
+        counts = sum((batch.counts for batch in batches), Counts())
+        rejected = tuple(result for result in results if isinstance(result, Rejected))
+        every = exchange(self.share, News(self.share.index, counts, len(batches), rejected))
+        self.position += len(rows)
+        counts = sum((news.counts for news in every), Counts())
+        self._count_rows(counts.samples, [bad for news in every for bad in news.rejected], rows)
+        most = max(news.num_batches for news in every)
+        filler = (filler_batch(self.batching.pad_id, self.batching.image_size),) * (most - len(batches))
+        return Step((*batches, *filler), counts, sum(news.num_batches for news in every))
+
+    def _count_rows(self, num_good: int, rejected: Sequence[Rejected], rows: Sequence[int]) -> None:
+        """Every process counts the rows of all, so that all stop at the same step; one of them lists the bad ones."""
+        place = {row: position for position, row in enumerate(rows)}
+        self.quarantine.add_good(num_good)
+        for bad in sorted(rejected, key=lambda bad: place[bad.index]):
+            self.quarantine.add(bad.id, bad.index, bad.reason, bad.message)
         self.quarantine.check()
-        return examples
-
-
-@contextmanager
-def naming_killed_workers() -> Iterator[None]:
-    """Around whatever runs while workers decode: PyTorch reports a killed one from a signal handler, wherever the
-    trainer happens to be.
-
-    Raises:
-        TrainingError: a decoding process was killed, e.g. for want of memory.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # PyTorch has no class of its own for this
-            raise
-        raise TrainingError(
-            f"{error} The last checkpoint is intact. If memory ran out, lower data.num_workers or batch.global_size."
-        ) from error
-
-
-class _Rows(Dataset[list[Example | Rejected]]):
-    """Groups of rows, for PyTorch's loader to hand to its workers."""
-
-    def __init__(self, builder: ExampleBuilder, rows: Sequence[int]) -> None:
-        self.builder = builder
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // ROWS_PER_MESSAGE)
-
-    def __getitem__(self, group: int) -> list[Example | Rejected]:
-        rows = self.rows[group * ROWS_PER_MESSAGE : (group + 1) * ROWS_PER_MESSAGE]
-        return [_build_or_reject(self.builder, row) for row in rows]
-
-
-def _build_or_reject(builder: ExampleBuilder, row: int) -> Example | Rejected:
-    row_id = f"row-{row}"  # for a row that is too broken to tell its own
-    try:
-        record = builder.reader.read(row)
-        row_id = record.id
-        return builder.build(record)
-    except BadRow as bad:
-        return Rejected(row_id, row, bad.reason, bad.message)
-
-
-def _decoded(builder: ExampleBuilder, rows: Sequence[int], num_workers: int) -> Iterator[Example | Rejected]:
-    loader = DataLoader(
-        _Rows(builder, rows),
-        batch_size=None,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # its own, so that starting workers does not draw from the run's random state
-        worker_init_fn=_leave_signals_to_the_trainer,
-    )
-    for group in loader:
-        yield from group
-
-
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """A terminal and some schedulers signal the whole process group; the trainer needs data to finish its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

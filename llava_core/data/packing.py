@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -75,6 +76,16 @@ def build_batch(examples: Sequence[Example], *, pad_id: int, image_size: int, pa
         counts=_counts(examples, offsets[-1]),
         ids=tuple(example.id for example in examples),
     )
+
+
+def filler_batch(pad_id: int, image_size: int) -> Batch:
+    """A micro-batch without samples, so that every process runs the same modules as often as the others.
+
+    It has one token, no label, and the zero image of a batch without images.
+    """
+    nothing = Example("", torch.tensor([pad_id]), torch.tensor([False]), (), None, 1)
+    batch = build_batch([nothing], pad_id=pad_id, image_size=image_size)
+    return replace(batch, counts=Counts(pad_tokens=1), ids=())
 
 
 def _counts(examples: Sequence[Example], num_positions: int) -> Counts:

@@ -19,24 +19,27 @@ class Quarantine:
     """The list of bad rows in `path`, one JSON object a line, and the counts of good and bad rows.
 
     Each row is listed once in the file, however often it is met: in later epochs, and after a resume from a checkpoint
-    older than its line. The counts are of meetings, and belong to the run's checkpoint. One process writes a file.
+    older than its line. The counts are of meetings, and belong to the run's checkpoint. One process writes a file; the
+    others count alone.
 
     Args:
         path: made with its folder when the first row is listed.
         max_fraction: of bad rows among all that were met.
+        writes: whether this process is the one that writes.
 
     Raises:
         ConfigError: `max_fraction` is not in 0…1.
     """
 
-    def __init__(self, path: Path, max_fraction: float) -> None:
+    def __init__(self, path: Path, max_fraction: float, *, writes: bool = True) -> None:
         if not 0 <= max_fraction <= 1:
             raise ConfigError(f"the largest fraction of bad rows must lie in 0…1, not be {max_fraction}")
         self.path = path
         self.max_fraction = max_fraction
         self.num_good = 0
         self.reasons: Counter[str] = Counter()
-        self._listed = _read_listed(path)
+        self.writes = writes
+        self._listed = _read_listed(path) if writes else set()
 
     @property
     def num_bad(self) -> int:
@@ -49,7 +52,7 @@ class Quarantine:
     def add(self, id: str, index: int, reason: str, message: str) -> None:
         """Counts a bad row, and lists it unless it is listed already; the line has left the process on return."""
         self.reasons[reason] += 1
-        if (index, id) in self._listed:
+        if not self.writes or (index, id) in self._listed:
             return
         line = json.dumps({"id": id, "index": index, "reason": reason, "message": message})
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,9 @@ from PIL import Image
 from llava_core.backend import OpSet
 from llava_core.data.batch import Example
 from llava_core.data.conversation import Template, check_image_count
+from llava_core.data.examples import Rejected
 from llava_core.data.image_store import MAX_WORKING_PIXELS, ImageStore
 from llava_core.data.images import ImageProcessor
-from llava_core.data.loader import Rejected
 from llava_core.data.records import Turn
 from llava_core.data.tokens import encode
 from llava_core.errors import BadRow, ConfigError, WeightsError

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from llava_core.data.loader import Rejected
+from llava_core.data.examples import Rejected
 from llava_core.data.records import IMAGE_MARK, Turn, parse_record
 from llava_core.errors import BadRow, ConfigError, DataError
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from llava_core.config import RunConfig, to_yaml
-from llava_core.data.loader import Step, naming_killed_workers
+from llava_core.data.examples import naming_killed_workers
+from llava_core.data.loader import Step
 from llava_core.engine.torch_engine import StepResult
 from llava_core.errors import ConfigError, LlavaError
 from llava_core.plugins import Registry

@@ -12,9 +12,10 @@ import torch
 from llava_core.backend import OpSet, Selection
 from llava_core.config import RunConfig
 from llava_core.config.schema import DataConfig, ModelConfig
+from llava_core.data.examples import ExampleBuilder, ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
-from llava_core.data.loader import Batching, ExampleBuilder, ImageSide, StepLoader
+from llava_core.data.loader import Batching, StepLoader
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers import SUFFIX_READERS, Reader, open_reader
 from llava_core.data.records import modality_length

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from llava_core.data.batch import Batch
+from llava_core.data.examples import ExampleBuilder, ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
-from llava_core.data.loader import Batching, ExampleBuilder, ImageSide, Step, StepLoader
+from llava_core.data.loader import Batching, Step, StepLoader
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers.llava import LlavaJsonlReader
 from llava_core.data.sampler import epoch_order

@@ -13,8 +13,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_core.backend import OpSet
 from llava_core.data.chat_template import tokenizer_template
+from llava_core.data.examples import Rejected
 from llava_core.data.image_store import ImageStore
-from llava_core.data.loader import Rejected
 from llava_core.data.records import Turn
 from llava_core.data.templates import BUILTIN_TEMPLATES, CHATML, PLAIN, V1, Template
 from llava_core.errors import BadRow, ConfigError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_core.data.loader import Rejected
+from llava_core.data.examples import Rejected
 from llava_core.data.records import Turn
 from llava_core.errors import DataError
 from llava_core.inference.prompts import Answer, PromptRow, read_prompts, write_answers

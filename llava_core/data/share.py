@@ -1,0 +1,63 @@
+"""Which of a step's samples each process takes, and what the processes tell each other of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from llava_core.data.batch import Counts
+from llava_core.data.examples import Rejected
+
+T = TypeVar("T")
+
+
+def alone(value: T) -> list[T]:
+    """What a process hears that is the only one."""
+    return [value]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's place among those that each take samples of their own.
+
+    Processes with the same index take the same samples: they share one model's work.
+
+    Attributes:
+        index, count: which share, of how many.
+        gather: from a value of this process to those of all processes, in one order.
+        writes: whether this process is the one that writes files.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[Any], list[Any]] = alone
+    writes: bool = True
+
+    def of(self, rows: Sequence[int], chunk: int) -> list[int]:
+        """This share of a step's rows: every `count`-th chunk, so that a padded micro-batch stays whole."""
+        return [row for position, row in enumerate(rows) if position // chunk % self.count == self.index]
+
+
+WHOLE = Share()
+"""Of a process that is the only one."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What a process tells of its share of a step.
+
+    Attributes:
+        counts, num_batches: of its micro-batches.
+        rejected: rows that could not be used.
+    """
+
+    index: int
+    counts: Counts
+    num_batches: int
+    rejected: tuple[Rejected, ...]
+
+
+def exchange(share: Share, own: News) -> list[News]:
+    """One for each share, by its index."""
+    return [news for _, news in sorted({news.index: news for news in share.gather(own)}.items())]
