@@ -85,7 +85,7 @@ def test_a_kernels_defect_fails_its_check(op: str, mutant: str, expected: set[st
 
 
 EXACT = [
-    # What nothing but these checks sees. (`cached_address` is not here: which address is used again is the allocator's.)
+    # What nothing but these checks sees. Not `cached_address`: which address is used again is the allocator's affair.
     ("attention", "scale_dropped", {"refusal.honoured"}, "attention/mutant/scale/float32"),
     ("swiglu", "assumes_contiguous", {"kernel.strided"}, "swiglu/mutant/rows/float32"),
     ("swiglu", "spoils_gradient", {"kernel.inputs_unchanged"}, "swiglu/mutant/rows/float32"),
