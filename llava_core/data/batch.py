@@ -5,6 +5,7 @@ Shapes: T tokens, S samples, I images, P visual tokens an image, K supervised po
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -60,6 +61,24 @@ class Counts:
     def tokens(self) -> int:
         """Text and image tokens, without padding."""
         return self.text_tokens + self.image_tokens
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """How many supervised tokens there are, and in how many samples and micro-batches: what a loss takes means over."""
+
+    tokens: int = 0
+    samples: int = 0
+    batches: int = 0
+
+    def __add__(self, other: Labelled) -> Labelled:
+        return Labelled(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> Labelled:
+        """Of these micro-batches."""
+        found = [[count for count in batch.labels_per_sample if count] for batch in batches]
+        return cls(sum(map(sum, found)), sum(map(len, found)), sum(map(bool, found)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from llava_core.data.batch import Batch, Counts, Example
+from llava_core.data.batch import Batch, Counts, Example, Labelled
 from llava_core.data.examples import ExampleBuilder, Rejected, decoded
 from llava_core.data.packing import build_batch, filler_batch, pack_samples, pad_samples
 from llava_core.data.quarantine import Quarantine
@@ -21,12 +21,12 @@ class Step:
 
     Attributes:
         batches: this process's micro-batches, as many as each other's: where it has fewer, fillers without labels.
-        counts, num_batches: over all processes, without fillers.
+        counts, labelled: over all processes, without fillers.
     """
 
     batches: tuple[Batch, ...]
     counts: Counts
-    num_batches: int
+    labelled: Labelled
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,14 @@ class StepLoader:
         batches = self.batching.split(examples) if examples else ()
         counts = sum((batch.counts for batch in batches), Counts())
         rejected = tuple(result for result in results if isinstance(result, Rejected))
-        every = exchange(self.share, News(self.share.index, counts, len(batches), rejected))
+        own = News(self.share.index, counts, Labelled.of(batches), len(batches), rejected)
+        every = exchange(self.share, own)
         self.position += len(rows)
         counts = sum((news.counts for news in every), Counts())
         self._count_rows(counts.samples, [bad for news in every for bad in news.rejected], rows)
         most = max(news.num_batches for news in every)
         filler = (filler_batch(self.batching.pad_id, self.batching.image_size),) * (most - len(batches))
-        return Step((*batches, *filler), counts, sum(news.num_batches for news in every))
+        return Step((*batches, *filler), counts, sum((news.labelled for news in every), Labelled()))
 
     def _count_rows(self, num_good: int, rejected: Sequence[Rejected], rows: Sequence[int]) -> None:
         """Every process counts the rows of all, so that all stop at the same step; one of them lists the bad ones."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from llava_core.data.batch import Counts
+from llava_core.data.batch import Counts, Labelled
 from llava_core.data.examples import Rejected
 
 T = TypeVar("T")
@@ -48,12 +48,14 @@ class News:
     """What a process tells of its share of a step.
 
     Attributes:
-        counts, num_batches: of its micro-batches.
+        counts, labelled: of its micro-batches.
+        num_batches: how many they are.
         rejected: rows that could not be used.
     """
 
     index: int
     counts: Counts
+    labelled: Labelled
     num_batches: int
     rejected: tuple[Rejected, ...]
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_core.data.batch import Batch
+from llava_core.data.batch import Batch, Labelled
 from llava_core.engine.hardware import Hardware
 from llava_core.engine.loss import LossMode, label_weights
 from llava_core.engine.loss_scale import LossScale
+from llava_core.engine.mesh import Mesh
 from llava_core.engine.optimizer import build_optimizer, parameter_groups
+from llava_core.engine.shard import sum_gradients_now
 from llava_core.engine.state import Stored, collect, restore
 from llava_core.errors import TrainingError
 from llava_core.model.llava import Llava
@@ -56,11 +58,19 @@ class StepResult:
 
 
 class TorchEngine:
-    """A model and its optimizer on one device."""
+    """A model and its optimizer: whole on one device, or this process's part of them where there is a mesh."""
 
-    def __init__(self, model: Llava, hardware: Hardware, settings: OptimizerSettings, loss: LossMode) -> None:
+    def __init__(
+        self,
+        model: Llava,
+        hardware: Hardware,
+        settings: OptimizerSettings,
+        loss: LossMode,
+        mesh: Mesh | None = None,
+    ) -> None:
         self.model = model
         self.hardware = hardware
+        self.mesh = mesh
         self.loss = loss
         self.clip_norm = settings.clip_norm
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -68,15 +78,20 @@ class TorchEngine:
         self.optimizer = build_optimizer(hardware.backend, groups, settings.betas, settings.eps)
         self.loss_scale = LossScale() if model.compute_dtype == torch.float16 else None
 
-    def step(self, batches: Sequence[Batch], learning_rate_scale: float) -> StepResult:
+    def step(
+        self, batches: Sequence[Batch], learning_rate_scale: float, labelled: Labelled | None = None
+    ) -> StepResult:
         """Train on one step's micro-batches, at this share of each part's peak learning rate.
+
+        Args:
+            labelled: of the whole step, where other processes have micro-batches of it, as many as there are here.
 
         Raises:
             TrainingError: the loss or the gradient is not finite; the weights are as they were before the step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_scale
-        loss = self._accumulate(batches)
+        loss = self._accumulate(batches, labelled or Labelled.of(batches))
         if self.loss_scale is not None:
             self.loss_scale.unscale_(self.trained.values())
         grad_norm = self._clip()
@@ -108,12 +123,16 @@ class TorchEngine:
         if self.loss_scale is not None:
             self.loss_scale = LossScale(**state["loss_scale"])
 
-    def _accumulate(self, batches: Sequence[Batch]) -> Tensor:
+    def _accumulate(self, batches: Sequence[Batch], labelled: Labelled) -> Tensor:
         total = torch.zeros((), device=self.hardware.device)
-        for batch, weights in zip(batches, label_weights(self.loss, batches), strict=True):
+        weights_of = label_weights(self.loss, batches, labelled)
+        for number, (batch, weights) in enumerate(zip(batches, weights_of, strict=True), 1):
+            sum_gradients_now(self.model, number == len(batches))
             loss = self.model(batch.to(self.hardware.device), weights.to(self.hardware.device, non_blocking=True))
             (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
             total += loss.detach()
+        if self.mesh is not None:
+            self.mesh.sum_over_samples(total)
         return total
 
     def _clip(self) -> Tensor:
@@ -123,17 +142,21 @@ class TorchEngine:
         return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
 
     def _describe_failure(self, result: StepResult, batches: Sequence[Batch]) -> str:
-        ids = self._non_finite_samples(batches)
+        ids = self._of_all_processes(self._non_finite_samples(batches))
         where = "Samples whose hidden states are not finite"
         if not ids:
             ids, where = (
-                [id for batch in batches for id in batch.ids],
+                self._of_all_processes([id for batch in batches for id in batch.ids]),
                 "Each sample's hidden states are finite. Samples",
             )
         return (
             f"loss {result.loss}, gradient norm {result.grad_norm}: the step was not applied, the weights are intact. "
             f"{where}: {', '.join(ids)}. Lower the learning rate, or look at these samples."
         )
+
+    def _of_all_processes(self, ids: list[str]) -> list[str]:
+        gathered = [ids] if self.mesh is None else self.mesh.processes.gather(ids)
+        return list(dict.fromkeys(id for own in gathered for id in own))
 
     @torch.no_grad()
     def _non_finite_samples(self, batches: Sequence[Batch]) -> list[str]:

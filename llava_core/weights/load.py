@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,18 @@ from llava_core.weights.source import ModelSource
 MAX_LISTED = 20
 
 
+Layout: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def leave_whole(model: Llava) -> None:
+    """The layout of one process."""
+
+
+def whole(_: nn.Parameter, tensor: Tensor) -> tuple[Tensor, Layout]:
+    """All of it, as it is."""
+    return tensor, lambda part: part
+
+
 def load_model(
     source: ModelSource,
     ops: OpSet,
@@ -26,11 +39,18 @@ def load_model(
     device: torch.device,
     trainable: frozenset[str] = frozenset(),
     projector_seed: int = 0,
+    arrange: Callable[[Llava], None] = leave_whole,
+    part_of: Callable[[nn.Parameter, Tensor], tuple[Tensor, Layout]] = whole,
 ) -> Llava:
     """The model with its weights, one tensor at a time, so that memory holds it once.
 
     Trainable parts are fp32 copies; frozen parts have the compute dtype and stay mapped from the file where it has that
     dtype and the device is the host.
+
+    Args:
+        arrange: called with the model while it has no memory; lays its parameters out over processes.
+        part_of: from a parameter so laid out and its whole tensor, mapped from the file: this process's part of the
+            tensor, and what makes a parameter's value of it.
 
     Raises:
         WeightsError: parameters that are missing, unexpected or of another shape, all of them listed.
@@ -38,19 +58,23 @@ def load_model(
     with torch.device("meta"):
         model = Llava(source.spec, ops, compute_dtype)
     train_only(model, trainable)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+    arrange(model)
     tensors = dict(source.tensors)
     if source.fresh_projector:
         tensors |= _fresh_projector(source, projector_seed)
     _check(model, tensors)
     misshapen = []
     for name, parameter in list(model.named_parameters()):
-        # A trained weight is written to, so it must not be the mapped file's own memory.
-        dtype, copy = (torch.float32, True) if parameter.requires_grad else (compute_dtype, False)
         tensor = tensors[name]()
         if tensor.shape != parameter.shape:
             misshapen.append(f"\n  {name}: the file has {tuple(tensor.shape)}, the config {tuple(parameter.shape)}")
             continue
-        _assign(model, name, nn.Parameter(tensor.to(device, dtype, copy=copy), parameter.requires_grad))
+        part, laid_out = part_of(parameter, tensor)
+        # A trained weight is written to, so it must not be the mapped file's own memory.
+        value = laid_out(part.to(device, parameter.dtype, copy=parameter.requires_grad))
+        _assign(model, name, nn.Parameter(value, parameter.requires_grad))
     if misshapen:
         raise WeightsError("the weights do not fit the model of the config:" + "".join(misshapen))
     return model

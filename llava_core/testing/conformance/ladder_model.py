@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_core.backend import OpSet
-from llava_core.data.batch import Batch
+from llava_core.data.batch import Batch, Labelled
 from llava_core.data.packing import build_batch
 from llava_core.engine.hardware import Hardware
 from llava_core.engine.loss import label_weights
@@ -44,7 +44,7 @@ class Ladder:
         """A step's micro-batches with the weights of their labels, on the host; two sets of samples take turns."""
         samples = [random_example(self.engine.model.spec, p, seed=100 * (step % 2) + i) for i, p in enumerate(PIECES)]
         built = [build_batch([samples[i] for i in chosen], pad_id=0, image_size=IMAGE_SIZE) for chosen in MICRO_BATCHES]
-        return list(zip(built, label_weights("token_mean", built), strict=True))
+        return list(zip(built, label_weights("token_mean", built, Labelled.of(built)), strict=True))
 
     def step(self, number: int) -> StepResult:
         """One optimizer step."""

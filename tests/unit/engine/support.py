@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llava_core.backend import OpSet
-from llava_core.data.batch import Batch, Example
+from llava_core.data.batch import Batch, Example, Labelled
 from llava_core.data.packing import build_batch
 from llava_core.engine.loss import LossMode
+from llava_core.engine.mesh import Mesh
 from llava_core.engine.opset import Use, build_ops
+from llava_core.engine.shard import Sharding, part_of, shard_data
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
 from llava_core.model.spec import ModelSpec
 from llava_core.testing.models import (
@@ -34,6 +37,7 @@ PIECES = ((4, 9), (3, 2, 6), (12,), (5, 5), (2, 20), (17,), (6, 3), (1, 8))
 """Lengths of the texts between images: one, two and no images, all lengths different."""
 
 STAGE_2 = ("projector", "language")
+FULL = Sharding(keep_weights=False, reduce_dtype=torch.float32)
 
 
 def hf_model(seed: int = 0, *, text_only: bool = False, **changes: Any) -> tuple[PreTrainedModel, ModelSpec]:
@@ -64,10 +68,12 @@ def engine(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
     reference_ops: bool = False,
+    mesh: Mesh | None = None,
+    sharding: Sharding = FULL,
     **learning_rates: float,
 ) -> TorchEngine:
     """An engine over the weights of `model`, on the kernels of the backend under test; 1e-3 for every part without a
-    rate of its own."""
+    rate of its own. With a mesh, this process's part of it."""
     prefix = "" if spec.vision else "language_model."
     named = {prefix + classic_name(model, name): p.detach() for name, p in model.named_parameters()}
     # SigLIP's pooling head comes after the features and is no part of a LLaVA.
@@ -76,10 +82,13 @@ def engine(
     parts = frozenset(trainable)
     ops, _ = build_ops(spec, hardware().backend, Use(dtype, parts, max_length=64, deterministic=True))
     ops = OpSet.of({}) if reference_ops else ops
-    ours = load_model(source, ops, compute_dtype=dtype, device=hardware().device, trainable=parts)
+    spread: dict[str, Any] = {}
+    if mesh is not None:
+        spread = {"arrange": partial(shard_data, mesh=mesh, sharding=sharding), "part_of": part_of}
+    ours = load_model(source, ops, compute_dtype=dtype, device=hardware().device, trainable=parts, **spread)
     rates = {part: learning_rates.get(part, 1e-3) for part in trainable}
     settings = OptimizerSettings(rates, weight_decay, (0.9, 0.999), 1e-8, clip_norm)
-    return TorchEngine(ours, hardware(), settings, loss)
+    return TorchEngine(ours, hardware(), settings, loss, mesh)
 
 
 def hf_inputs(example: Example) -> dict[str, Tensor]:
@@ -98,7 +107,7 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def gradients(trained: TorchEngine, step: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
     """The step's loss and what its backward pass leaves, before clipping and without an update; on the host."""
-    loss = float(trained._accumulate(step))
+    loss = float(trained._accumulate(step, Labelled.of(step)))
     grads = {name: p.grad.to("cpu", copy=True) for name, p in trained.trained.items() if p.grad is not None}
     trained.optimizer.zero_grad()
     return loss, grads

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llava_core.data.batch import Example
+from llava_core.data.batch import Example, Labelled
 from llava_core.engine.loss import LossMode, label_weights
 from llava_core.testing.models import classic_name
 from tests.unit.engine.support import batches, engine, examples, gradients, hf_inputs, hf_model, largest_error
@@ -71,7 +71,8 @@ def test_the_modes_differ_where_they_should() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_sum_to_one_over_the_step(mode: LossMode) -> None:
     _, spec = hf_model()
-    weights = label_weights(mode, batches(examples(spec), [2, 3, 3]))
+    step = batches(examples(spec), [2, 3, 3])
+    weights = label_weights(mode, step, Labelled.of(step))
     assert sum(float(w.double().sum()) for w in weights) == pytest.approx(1, abs=1e-6)  # fp32 weights
 
 
@@ -81,13 +82,13 @@ def test_weights_by_hand() -> None:
     first, second, third = (sample.num_labels for sample in samples)
     step = batches(samples, [2, 1])
     every = first + second + third
-    assert [w.tolist() for w in label_weights("token_mean", step)] == [
+    assert [w.tolist() for w in label_weights("token_mean", step, Labelled.of(step))] == [
         pytest.approx([1 / every] * (first + second)),
         pytest.approx([1 / every] * third),
     ]
-    micro = label_weights("micro_batch_mean", step)
+    micro = label_weights("micro_batch_mean", step, Labelled.of(step))
     assert micro[0].tolist() == pytest.approx([1 / (first + second) / 2] * (first + second))
     assert micro[1].tolist() == pytest.approx([1 / third / 2] * third)
-    sequence = label_weights("sequence_mean", step)
+    sequence = label_weights("sequence_mean", step, Labelled.of(step))
     assert sequence[0].tolist() == pytest.approx([1 / first / 3] * first + [1 / second / 3] * second)
     assert sequence[1].tolist() == pytest.approx([1 / third / 3] * third)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, Trainer
 
+from llava_core.data.batch import Labelled
 from llava_core.engine.torch_engine import TorchEngine
 from llava_core.testing.models import classic_name, tiny_vision_config
 from tests.unit.engine.support import batches, engine, examples, hf_model
@@ -50,7 +51,7 @@ def test_frozen_parts_have_no_gradient_and_no_optimizer_state(trainable: tuple[s
     trained = engine(model, spec, trainable=trainable)
     before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
     step = batches(examples(spec), [4, 4])
-    trained._accumulate(step)
+    trained._accumulate(step, Labelled.of(step))
     touched = {name for name, p in trained.model.named_parameters() if p.grad is not None}
     assert touched <= trained.trained.keys()
     trained.optimizer.zero_grad()

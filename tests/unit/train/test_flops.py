@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava_core.data.batch import Labelled
 from llava_core.model.spec import ModelSpec
 from llava_core.testing.models import random_example, tiny_text_config, tiny_vision_config
 from llava_core.train.flops import step_flops
@@ -24,7 +25,7 @@ def counted(spec: ModelSpec, model: torch.nn.Module, trainable: tuple[str, ...],
     step = batches([random_example(spec, pieces, seed=i) for i in range(2)], [1, 1])
     trained = engine(model, spec, trainable=trainable, reference_ops=True)  # the matmuls that the counter knows
     with FlopCounterMode(display=False) as counter:
-        trained._accumulate(step)
+        trained._accumulate(step, Labelled.of(step))
     counts = counter.get_flop_counts()
     causal = sum(counts[f"{LANGUAGE}.model.layers.{i}.self_attn"][torch.ops.aten.bmm] for i in range(2))
     assert causal > 0

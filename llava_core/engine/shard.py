@@ -1,0 +1,92 @@
+"""Data parallel by FSDP2: which modules are gathered and freed together, in which dtype, and what is summed when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from llava_core.engine.mesh import Mesh
+from llava_core.engine.parts import Region, local_part
+from llava_core.model.llava import Llava
+
+REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How data-parallel processes share a model.
+
+    Attributes:
+        keep_weights: each process keeps whole weights between forward and backward; gradients and optimizer state stay
+            sharded.
+        reduce_dtype: in which gradients are summed.
+    """
+
+    keep_weights: bool
+    reduce_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, data: Literal["full", "grad", "replicate"], reduce_dtype: str) -> Sharding:
+        """From the config's words. A replica is sharded over one process, so that there is one way for all."""
+        return cls(keep_weights=data != "full", reduce_dtype=REDUCE_DTYPES[reduce_dtype])
+
+
+def shard_data(model: Llava, mesh: Mesh, sharding: Sharding) -> None:
+    """Make every parameter a DTensor over the mesh's data axes; on the meta device or with weights.
+
+    A layer is a unit, and so are the rest of the tower, the projector and, as the root, what is left: the embedding,
+    the last norm and the head. A unit is of one part of the model, so all of it learns or none of it.
+    """
+    precision = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype, reduce_dtype=sharding.reduce_dtype, cast_forward_inputs=False
+    )
+    axes = mesh.devices["dp_shard"] if mesh.layout.replicate == 1 else mesh.devices["dp_replicate", "dp_shard"]
+    # For the root, which is used first and last, torch's own choice is to keep the weights.
+    free = False if sharding.keep_weights else None
+    for unit in (*units(model), model):
+        sharded = fully_shard(unit, mesh=axes, mp_policy=precision, reshard_after_forward=free)
+        # The sum: the weights of the labels divide by the labels of all processes already.
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # else torch asks for a scaled sum, which few libraries have
+    register_fsdp_forward_method(model, "hidden_states")
+
+
+def part_of(parameter: nn.Parameter, tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """This process's part of a parameter's whole tensor, and what lays such a part out as the parameter is."""
+    region = local_part(parameter).region
+    part = tensor[region.within(Region.whole(tensor.shape))]
+    if not isinstance(parameter, DTensor):
+        return part, lambda values: values
+    mesh, placements, shape, stride = (
+        parameter.device_mesh,
+        parameter.placements,
+        parameter.shape,
+        parameter.stride(),
+    )
+    return part, lambda values: DTensor.from_local(
+        values, mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def units(model: Llava) -> Iterator[nn.Module]:
+    """The modules whose weights are gathered together, children before parents; without the root."""
+    if model.spec.vision is not None:
+        yield from model.vision_tower.vision_model.encoder.layers
+        yield model.vision_tower
+        if any(True for _ in model.multi_modal_projector.parameters()):
+            yield model.multi_modal_projector
+    yield from model.language_model.model.layers
+
+
+def sum_gradients_now(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass also sums over replicas; shards are summed in each, for no process keeps whole
+    gradients."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(now)
+        model.set_is_last_backward(now)
