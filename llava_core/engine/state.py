@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from llava_core.backend.interface import Rng
 from llava_core.engine.loss_scale import LossScale
+from llava_core.engine.parts import Facts, Region, laid_out_like, local_part
 from llava_core.errors import CheckpointError
 
 Trained: TypeAlias = Mapping[str, Tensor]
 """The parameters that learn, by their names in the model."""
 
-Stored: TypeAlias = Mapping[str, Tensor]
-"""The tensors of a checkpoint, by the names that `collect` gave them."""
+
+class Stored(Protocol):
+    """The tensors of a checkpoint, by the names that `collect` gave them."""
+
+    @property
+    def tensors(self) -> Mapping[str, Facts]:
+        """What there is."""
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A box of a tensor, or all of it, on the host. Raises CheckpointError."""
 
 
 def collect(
@@ -32,23 +42,34 @@ def collect(
     return tensors, {"loss_scale": {} if loss_scale is None else asdict(loss_scale)}
 
 
+@torch.no_grad()
 def restore(stored: Stored, trained: Trained, optimizer: Optimizer, rng: Rng) -> None:
-    """Return weights, optimizer and random state to what was stored, bit for bit.
+    """Return weights, optimizer and random state to what was stored, bit for bit; each process reads what it holds.
 
     Raises:
-        CheckpointError: it belongs to another model or another choice of trainable parts.
+        CheckpointError: it belongs to another model or another choice of trainable parts, or cannot be read.
     """
-    _check_names(stored, trained)
+    tensors = stored.tensors
+    _check_names(tensors, trained)
     moments: dict[str, dict[str, Tensor]] = {}
-    for name, value in stored.items():
+    for name in tensors:
         kind, _, rest = name.partition(".")
         if kind == "model":
-            trained[rest].data.copy_(value)
+            part = local_part(trained[rest])
+            part.data.copy_(stored.read(name, part.region))
         elif kind == "optimizer":
             key, _, parameter_name = rest.partition(".")
+            value = _read_like(stored, name, trained[parameter_name])
             moments.setdefault(parameter_name, {})[key] = value
     _load_moments(moments, trained, optimizer)
-    rng.load_state({key.removeprefix("rng."): value for key, value in stored.items() if key.startswith("rng.")})
+    rng.load_state({name.removeprefix("rng."): stored.read(name) for name in tensors if name.startswith("rng.")})
+
+
+def _read_like(stored: Stored, name: str, parameter: Tensor) -> Tensor:
+    """What the optimizer keeps of a parameter: laid out as it is, or a plain value such as the number of its steps."""
+    if stored.tensors[name].shape != tuple(parameter.shape):
+        return stored.read(name)
+    return laid_out_like(parameter, stored.read(name, local_part(parameter).region))
 
 
 def _load_moments(moments: Mapping[str, dict[str, Tensor]], trained: Trained, optimizer: Optimizer) -> None:
@@ -59,9 +80,9 @@ def _load_moments(moments: Mapping[str, dict[str, Tensor]], trained: Trained, op
     optimizer.load_state_dict(optimizer.state_dict() | {"state": numbered})
 
 
-def _check_names(stored: Stored, trained: Trained) -> None:
-    found = {k.removeprefix("model."): v.shape for k, v in stored.items() if k.startswith("model.")}
-    expected = {name: p.shape for name, p in trained.items()}
+def _check_names(tensors: Mapping[str, Facts], trained: Trained) -> None:
+    found = {name.removeprefix("model."): facts for name, facts in tensors.items() if name.startswith("model.")}
+    expected = {name: Facts(p.dtype, tuple(p.shape)) for name, p in trained.items()}
     differing = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
     if differing:
         raise CheckpointError(

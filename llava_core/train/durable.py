@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from llava_core.errors import CheckpointError
+
+CHUNK_BYTES = 1 << 22
+"""Of a file that is hashed: large enough that reading is sequential, and little beside the file."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,15 @@ class FileDigest:
     sha256: str
 
 
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that says what failed."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+
+
 def sha256(data: bytes) -> str:
     """The hash of every file of a checkpoint, in hex.
 
@@ -27,6 +42,16 @@ def sha256(data: bytes) -> str:
     OpenSSL): 0.47 and 0.91. Hosts of accelerators have them (Ice Lake, Zen, Kunpeng 920 and later), hence sha256.
     """
     return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> FileDigest:
+    """What a file holds; it is read once, a little at a time."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileDigest(size, digest.hexdigest())
 
 
 def sync_directory(path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from llava_core.engine.parts import local_parts
 from llava_core.errors import CheckpointError
-from llava_core.train.checkpoint import load_newest, save_state
+from llava_core.train.checkpoint import open_newest, save_state
 from llava_core.train.prepare import Run
 
 FREE_TO_CHANGE = (
@@ -49,7 +50,7 @@ def save(run: Run, step: int) -> Path:
         "weights": _weights_fingerprint(run),
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "backend": _backend(run)},
     }
-    return save_state(checkpoint_folder(run), step, tensors, state, keep=run.config.checkpoint.keep)
+    return save_state(checkpoint_folder(run), step, local_parts(tensors), state, keep=run.config.checkpoint.keep)
 
 
 def resume(run: Run) -> tuple[int, list[str]]:
@@ -68,7 +69,7 @@ def resume(run: Run) -> tuple[int, list[str]]:
                 f"{folder} holds checkpoints and checkpoint.resume is false: name another output, or remove them."
             )
         return 0, []
-    loaded, skipped = load_newest(folder)
+    loaded, skipped = open_newest(folder)
     notes = [f"skipped a damaged checkpoint: {path}: {reason}" for path, reason in skipped]
     if loaded is None:
         if skipped:
@@ -77,7 +78,7 @@ def resume(run: Run) -> tuple[int, list[str]]:
             )
         return 0, []
     _check_same_run(loaded.state, run, folder)
-    run.engine.load_state(loaded.tensors, loaded.state["engine"])
+    run.engine.load_state(loaded, loaded.state["engine"])
     run.loader.load_state_dict(loaded.state["loader"])
     notes.append(f"resumed after step {loaded.step} from {folder}")
     threads = loaded.state["environment"]["threads"]

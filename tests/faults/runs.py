@@ -23,7 +23,8 @@ from torch import Tensor
 from llava_core.cli.main import main
 from llava_core.engine.hardware import HOST
 from llava_core.testing.datasets import TinyParts
-from llava_core.train.checkpoint import State, load_state
+from llava_core.train.checkpoint import open_checkpoint
+from llava_core.train.stored import Checkpoint
 from tests.hardware import backend_name
 
 STEPS = 12
@@ -71,9 +72,9 @@ class Command:
         lines = (self.output / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k not in CLOCKED} for line in lines]
 
-    def final_state(self) -> State:
+    def final_state(self) -> Checkpoint:
         """What a run that saves its last step ended with."""
-        return load_state(self.output / "checkpoints" / FINAL)
+        return open_checkpoint(self.output / "checkpoints" / FINAL)
 
 
 def command(parts: TinyParts, output: Path, *overrides: str) -> Command:
@@ -128,7 +129,7 @@ def assert_same_end(found: Command, expected: Command) -> None:
     """Weights, moments, random state, place in the data and every step's numbers are bit-equal."""
     state, wanted = found.final_state(), expected.final_state()
     assert state.tensors.keys() == wanted.tensors.keys()
-    assert [name for name, tensor in wanted.tensors.items() if not _same_bits(state.tensors[name], tensor)] == []
+    assert [name for name in wanted.tensors if not _same_bits(state.read(name), wanted.read(name))] == []
     assert state.state["loader"] == wanted.state["loader"]
     assert found.rows() == expected.rows()
     export = "hf/model.safetensors"

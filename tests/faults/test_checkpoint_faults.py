@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import pickle
 import random
@@ -19,14 +18,17 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from llava_core.engine.parts import Facts, local_parts
 from llava_core.errors import CheckpointError
-from llava_core.train import checkpoint, durable
-from llava_core.train.checkpoint import State, load_newest, load_state, save_state
+from llava_core.train import checkpoint, durable, manifest
+from llava_core.train.checkpoint import open_checkpoint, open_newest, save_state
+from llava_core.train.stored import Checkpoint
 
 KEEP = 2
 
@@ -44,16 +46,16 @@ def contents(step: int) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
 
 def save(root: Path, step: int) -> Path:
     tensors, state = contents(step)
-    return save_state(root, step, tensors, state, keep=KEEP, max_file_bytes=130)  # type: ignore[arg-type]
+    return save_state(root, step, local_parts(tensors), state, keep=KEEP, max_file_bytes=130)  # type: ignore[arg-type]
 
 
-def assert_holds(state: State | None, step: int) -> None:
+def assert_holds(state: Checkpoint | None, step: int) -> None:
     assert state is not None
     tensors, values = contents(step)
     assert (state.step, state.state, state.tensors.keys()) == (step, values, tensors.keys())
     for name, tensor in tensors.items():
-        assert state.tensors[name].dtype == tensor.dtype
-        assert torch.equal(state.tensors[name], tensor), name
+        assert state.tensors[name] == Facts(tensor.dtype, tuple(tensor.shape))
+        assert torch.equal(state.read(name), tensor), name
 
 
 def names(root: Path) -> list[str]:
@@ -119,7 +121,7 @@ def test_kill_at_random_points(tmp_path: Path) -> None:
     save_seconds = (time.perf_counter() - start) / (newest + 1)
     for _ in range(240):
         saves = killed_run(tmp_path, newest + 1, rng.uniform(0, 3 * save_seconds))
-        state, skipped = load_newest(tmp_path)
+        state, skipped = open_newest(tmp_path)
         assert skipped == []
         assert state is not None
         # The kill may fall between the rename and the report.
@@ -128,7 +130,7 @@ def test_kill_at_random_points(tmp_path: Path) -> None:
         assert_holds(state, newest)
         complete = checkpoint._complete(tmp_path)
         for path in complete:
-            assert_holds(load_state(path), checkpoint._step(path))
+            assert_holds(open_checkpoint(path), checkpoint._step(path))
         # Older ones go after the new one is durable, so each kill may leave one too many, and never one too few.
         assert len(complete) >= KEEP
         litter.update(name.partition(".")[2] for name in names(tmp_path) if "." in name)
@@ -179,7 +181,7 @@ def test_kill_before_every_operation(tmp_path: Path, damage_newest: bool) -> Non
 
         _, status = os.waitpid(fork(work), 0)
         assert os.waitstatus_to_exitcode(status) in (0, 9)
-        state, skipped = load_newest(root)
+        state, skipped = open_newest(root)
         assert state is not None
         assert state.step in (step - 1, step)
         assert_holds(state, state.step)
@@ -254,9 +256,9 @@ def assert_falls_back(root: Path, named: str) -> None:
     """Step 2 is refused in words that name what is wrong, and step 1 serves."""
     newest = root / "step-00000002"
     with pytest.raises(CheckpointError, match="step-00000002") as caught:
-        load_state(newest)
+        open_checkpoint(newest)
     assert named in str(caught.value)
-    state, skipped = load_newest(root)
+    state, skipped = open_newest(root)
     assert_holds(state, 1)
     assert skipped == [(newest, str(caught.value))]
 
@@ -270,7 +272,7 @@ def test_every_byte_of_every_file_is_protected(root: Path) -> None:
             bad[position] ^= rng.randrange(1, 256)
             file.write_bytes(bad)
             with pytest.raises(CheckpointError, match=file.name):
-                load_state(file.parent)
+                open_checkpoint(file.parent)
         # The fall-back at the last position, and every single bit at a few.
         assert_falls_back(root, file.name)
         for position in rng.sample(range(len(good)), 16):
@@ -280,7 +282,7 @@ def test_every_byte_of_every_file_is_protected(root: Path) -> None:
                 file.write_bytes(bad)
                 assert_falls_back(root, file.name)
         file.write_bytes(good)
-    assert_holds(load_state(root / "step-00000002"), 2)
+    assert_holds(open_checkpoint(root / "step-00000002"), 2)
 
 
 def test_every_truncation_and_any_growth_is_named(root: Path) -> None:
@@ -289,7 +291,7 @@ def test_every_truncation_and_any_growth_is_named(root: Path) -> None:
         for size in range(len(good)):
             file.write_bytes(good[:size])
             with pytest.raises(CheckpointError, match=file.name):
-                load_state(file.parent)
+                open_checkpoint(file.parent)
         assert_falls_back(root, file.name)
         for more in (b"\0", b"\n", b" ", b"}"):
             file.write_bytes(good + more)
@@ -305,7 +307,7 @@ def test_every_missing_file_is_named(root: Path) -> None:
         file.write_bytes(good)
 
 
-@pytest.mark.parametrize("name", ["tensors-00009.safetensors", ".metadata", "state.json.bak"])
+@pytest.mark.parametrize("name", ["tensors-00000-00009.safetensors", ".metadata", "state.json.bak"])
 def test_extra_file_is_named(root: Path, name: str) -> None:
     shutil.copy(root / "step-00000001" / "state.json", root / "step-00000002" / name)
     assert_falls_back(root, name)
@@ -329,7 +331,7 @@ def test_unreadable_entry_is_named(root: Path) -> None:
 def test_all_damaged_is_told_apart_from_a_fresh_start(root: Path) -> None:
     for path in root.iterdir():
         (path / "manifest.json").unlink()
-    state, skipped = load_newest(root)
+    state, skipped = open_newest(root)
     assert state is None
     assert [path.name for path, _ in skipped] == ["step-00000002", "step-00000001"]
 
@@ -349,15 +351,12 @@ class Evil:
 
 def reseal(path: Path) -> None:
     """Give a checkpoint a valid manifest for whatever it holds now."""
-    files = {p.name: {"size": p.stat().st_size, "sha256": durable.sha256(p.read_bytes())} for p in path.iterdir()}
-    files.pop("manifest.json")
-    body = {"format": 1, "step": 2, "files": files}
-    tail = b'"manifest": ' + json.dumps(body).encode() + b"}\n"
-    (path / "manifest.json").write_bytes(checkpoint._seal(tail) + tail)
+    files = {p.name: durable.file_digest(p) for p in path.iterdir() if p.name != "manifest.json"}
+    (path / "manifest.json").write_bytes(replace(manifest.read_manifest(path), files=files).encode())
 
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["manifest unchanged", "manifest resealed"])
-@pytest.mark.parametrize("name", ["evil.pkl", ".metadata", "state.json", "tensors-00001.safetensors"])
+@pytest.mark.parametrize("name", ["evil.pkl", ".metadata", "state.json", "tensors-00000-00001.safetensors"])
 def test_planted_pickle_is_refused_and_not_run(root: Path, name: str, sealed: bool) -> None:
     mark = root / "executed"
     (root / "step-00000002" / name).write_bytes(pickle.dumps(Evil(mark)))
@@ -369,9 +368,9 @@ def test_planted_pickle_is_refused_and_not_run(root: Path, name: str, sealed: bo
 
 def assert_falls_back_or_names(root: Path, name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        load_state(root / "step-00000002")
+        open_checkpoint(root / "step-00000002")
     assert name in str(caught.value)
-    state, skipped = load_newest(root)
+    state, skipped = open_newest(root)
     assert_holds(state, 1)
     assert len(skipped) == 1
 
@@ -399,7 +398,7 @@ def test_strays_of_other_steps_are_never_read_and_are_swept(root: Path) -> None:
         stray.rename(stray.with_name(f"{stray.name}.{suffix}"))
     shutil.rmtree(root / "elsewhere")
     (root / "step-00000003.partial").mkdir()
-    state, skipped = load_newest(root)
+    state, skipped = open_newest(root)
     assert_holds(state, 2)
     assert skipped == []
     save(root, 3)
@@ -418,7 +417,7 @@ def test_partial_that_vanishes_while_it_is_written(root: Path, monkeypatch: pyte
     monkeypatch.setattr(checkpoint, "write_file", swept_first)
     with pytest.raises(CheckpointError, match=r"step 3 could not be saved.*No such file.*state\.json"):
         save(root, 3)
-    assert_holds(load_newest(root)[0], 2)
+    assert_holds(open_newest(root)[0], 2)
     assert names(root) == ["step-00000001", "step-00000002"]
 
 
@@ -437,12 +436,12 @@ def test_file_size_limit_at_every_size(root: Path) -> None:
                 save(root, 3)
             reached.add(Path(str(caught.value).rstrip("'")).stem)
             assert names(root) == ["step-00000001", "step-00000002"]
-        assert reached >= {"tensors-00001", "state", "manifest"}
+        assert reached >= {"tensors-00000-00001", "state", "manifest"}
 
     assert_exits_well(fork(work))
-    assert_holds(load_newest(root)[0], 2)
+    assert_holds(open_newest(root)[0], 2)
     save(root, 3)
-    assert_holds(load_newest(root)[0], 3)
+    assert_holds(open_newest(root)[0], 3)
 
 
 def mount_small_disk(path: Path, pages: int) -> bool:
@@ -470,7 +469,7 @@ def test_full_disk(tmp_path: Path, room: int) -> None:
             with pytest.raises(CheckpointError, match="step 2 could not be saved.*No space left on device"):
                 save(tmp_path, 2)
             assert names(tmp_path) == ["step-00000001"]
-        assert_holds(load_newest(tmp_path)[0], 1)
+        assert_holds(open_newest(tmp_path)[0], 1)
 
     _, status = os.waitpid(fork(work), 0)
     if os.waitstatus_to_exitcode(status) == skip:
@@ -503,14 +502,14 @@ def test_every_operation_may_fail(root: Path, monkeypatch: pytest.MonkeyPatch, f
         failures += bool(message)
         assert not message or "Input/output error" in message
         saved = not message or "is saved in" in message
-        state, skipped = load_newest(root)
+        state, skipped = open_newest(root)
         assert skipped == []
         assert state is not None
         # An error after the rename leaves the new one in place, sound but perhaps not durable.
         assert state.step == newest + 1 if saved else state.step in (newest, newest + 1)
         newest = state.step + 1
         save(root, newest)
-        assert_holds(load_newest(root)[0], newest)
+        assert_holds(open_newest(root)[0], newest)
         assert names(root) == [f"step-{newest - 1:08d}", f"step-{newest:08d}"]
         if remaining >= 0:
             break

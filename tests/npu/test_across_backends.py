@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_core.config import build_config
 from llava_core.testing.datasets import VOCAB_SIZE, TinyParts, tiny_parts
-from llava_core.train.checkpoint import load_newest
+from llava_core.train.checkpoint import open_newest
 from llava_core.train.loop import train_model
 from tests.hardware import torch_settings_kept
 from tests.unit.train.support import metrics_rows, quiet
@@ -78,7 +78,7 @@ def test_a_run_goes_on_on_the_other_backend(
     found, expected = losses(output), losses(whole[first])
     assert found[:STOPPED] == expected[:STOPPED]
     assert found[STOPPED:] == pytest.approx(expected[STOPPED:], rel=LOSS_TOLERANCE)
-    ends = [load_newest(folder / "checkpoints")[0] for folder in (output, whole[first])]
+    ends = [open_newest(folder / "checkpoints")[0] for folder in (output, whole[first])]
     assert ends[0].state["loader"] == ends[1].state["loader"]
     assert [end.state["environment"]["backend"].split()[0] for end in ends] == [second, first]
 

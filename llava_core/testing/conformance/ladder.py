@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava_core.engine.parts import local_parts
 from llava_core.engine.torch_engine import StepResult
 from llava_core.testing.conformance.check import Check, CheckFailed, CheckSkipped
 from llava_core.testing.conformance.ladder_model import Ladder, build_ladder
 from llava_core.testing.conformance.subject import Subject, dtype_name
-from llava_core.train.checkpoint import load_newest, save_state
+from llava_core.train.checkpoint import open_newest, save_state
+from llava_core.train.stored import Checkpoint
 
 STEPS = 20
 HANDOVER = 3
@@ -118,31 +120,31 @@ class Runs:
             first.step(number)
         tensors, state = first.engine.state()
         with tempfile.TemporaryDirectory() as folder:
-            save_state(Path(folder), HANDOVER, tensors, state, keep=None)
-            loaded, _ = load_newest(Path(folder))
-        assert loaded is not None
-        rng = second.engine.hardware.backend.rng
-        before = {name: value.clone() for name, value in rng.state().items()}
-        try:
-            second.engine.load_state(loaded.tensors, loaded.state)
-            _expect_same_state(second, loaded.tensors)
-        finally:
-            rng.load_state(before)
+            save_state(Path(folder), HANDOVER, local_parts(tensors), state, keep=None)
+            loaded, _ = open_newest(Path(folder))
+            assert loaded is not None
+            rng = second.engine.hardware.backend.rng
+            before = {name: value.clone() for name, value in rng.state().items()}
+            try:
+                second.engine.load_state(loaded, loaded.state)
+                _expect_same_state(second, loaded)
+            finally:
+                rng.load_state(before)
         steps = range(HANDOVER, 2 * HANDOVER)
         found, expected = ([ladder.step(number).loss for number in steps] for ladder in (second, first))
         off = _expect_losses(found, expected, LOSS_TOLERANCE[dtype])
         return f"{len(loaded.tensors)} tensors; losses after it off by at most {off:.1e}"
 
 
-def _expect_same_state(ladder: Ladder, saved: dict[str, Tensor]) -> None:
+def _expect_same_state(ladder: Ladder, saved: Checkpoint) -> None:
     """Weights and moments, bit for bit. Random states differ in kind from hardware to hardware."""
     tensors, _ = ladder.engine.state()
-    for name, expected in saved.items():
+    for name in saved.tensors:
         if name.startswith("rng."):
             continue
         if name not in tensors:
             raise CheckFailed(f"{name} does not return from the checkpoint")
-        if not torch.equal(tensors[name].cpu(), expected):
+        if not torch.equal(tensors[name].cpu(), saved.read(name)):
             raise CheckFailed(f"{name} does not return from the checkpoint with its bits")
 
 

@@ -13,13 +13,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from llava_core.config import build_config
+from llava_core.config import RunConfig, build_config
 from llava_core.config.load import merge
+from llava_core.engine.processes import Processes
 from llava_core.plugins import Registry
 from llava_core.testing.datasets import TinyParts
 from llava_core.train import loop, resume
 from llava_core.train.interrupt import StopRequest
-from llava_core.train.prepare import Run, prepare
+from llava_core.train.prepare import Run, open_run, prepare
+from llava_core.train.stored import Checkpoint
 from tests.hardware import backend_name
 
 TIMINGS = {"data_time", "time", "tflops", "tokens_per_sec", "text_tokens_per_sec", "memory"}
@@ -35,7 +37,12 @@ def tiny_settings(parts: TinyParts, output: Path, *overrides: str) -> dict[str, 
 
 def tiny_run(parts: TinyParts, output: Path, *overrides: str) -> Run:
     """A run of fresh objects, not yet resumed."""
-    return prepare(build_config(tiny_settings(parts, output, *overrides)), Registry.discover())
+    return prepare_alone(build_config(tiny_settings(parts, output, *overrides)), Registry.discover())
+
+
+def prepare_alone(config: RunConfig, registry: Registry) -> Run:
+    """A run of this process alone."""
+    return prepare(config, registry, open_run(config, registry, Processes()), Processes())
 
 
 def run_to_end(run: Run, stop: StopRequest | None = None) -> list[list[str]]:
@@ -52,9 +59,9 @@ def spied_steps(run: Run, taken: list[list[str]]) -> Iterator[None]:
     """Notes which samples reach the engine, in order; the engine itself is untouched."""
     step = run.engine.step
 
-    def noting(batches: Any, scale: float) -> Any:
+    def noting(batches: Any, *rest: Any) -> Any:
         taken.append([id for batch in batches for id in batch.ids])
-        return step(batches, scale)
+        return step(batches, *rest)
 
     run.engine.step = noting  # type: ignore[method-assign]
     try:
@@ -72,6 +79,11 @@ def metrics_rows(output: Path) -> list[dict[str, Any]]:
 def engine_tensors(run: Run) -> dict[str, Tensor]:
     """Weights, moments and random states, copied to the host."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in run.engine.state()[0].items()}
+
+
+def whole_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All that a checkpoint holds, on the host."""
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 def assert_bit_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

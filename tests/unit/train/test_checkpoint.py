@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from llava_core.engine.parts import local_parts
 from llava_core.errors import CheckpointError
-from llava_core.train import checkpoint
-from llava_core.train.checkpoint import JSON, load_newest, load_state, save_state
+from llava_core.train import manifest
+from llava_core.train.checkpoint import JSON, open_checkpoint, open_newest, save_state
+from llava_core.train.tensor_files import DTYPE_NAMES
 from tests.hardware import hardware
+from tests.unit.train.support import whole_tensors
 
-DTYPES = sorted(checkpoint._DTYPE_NAMES, key=str)
+DTYPES = sorted(DTYPE_NAMES, key=str)
 
 
 def assert_same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -47,7 +50,7 @@ def test_every_dtype_and_shape_returns_bit_for_bit(tmp_path: Path, dtype: torch.
         "empty": matrix[:0],
         "empty middle": torch.empty(3, 0, 2, dtype=dtype),
     }
-    assert_same(load_state(save_state(tmp_path, 1, tensors, {}, keep=None)).tensors, tensors)
+    assert_same(whole_tensors(open_checkpoint(save_state(tmp_path, 1, local_parts(tensors), {}, keep=None))), tensors)
 
 
 @pytest.mark.device
@@ -56,7 +59,7 @@ def test_tensors_on_a_device_return_to_the_host_bit_for_bit(tmp_path: Path, dtyp
     matrix = torch.randint(0, 256, (4, 6 * dtype.itemsize), dtype=torch.uint8).view(dtype)
     there = matrix.to(hardware().device)
     saved = {"matrix": there, "transposed": there.t(), "column": there[:, 2], "empty": there[:0]}
-    loaded = load_state(save_state(tmp_path, 1, saved, {}, keep=None)).tensors
+    loaded = whole_tensors(open_checkpoint(save_state(tmp_path, 1, local_parts(saved), {}, keep=None)))
     assert {tensor.device.type for tensor in loaded.values()} == {"cpu"}
     expected = {"matrix": matrix, "transposed": matrix.t(), "column": matrix[:, 2], "empty": matrix[:0]}
     assert_same(loaded, expected)
@@ -64,11 +67,11 @@ def test_tensors_on_a_device_return_to_the_host_bit_for_bit(tmp_path: Path, dtyp
 
 def test_mixed_dtypes_of_odd_sizes_share_a_file(tmp_path: Path) -> None:
     tensors = {str(dtype): torch.ones(3).to(dtype) for dtype in DTYPES}
-    path = save_state(tmp_path, 1, tensors, {}, keep=None)
-    assert names(path) == ["manifest.json", "state.json", "tensors-00001.safetensors"]
-    assert_same(load_state(path).tensors, tensors)
+    path = save_state(tmp_path, 1, local_parts(tensors), {}, keep=None)
+    assert names(path) == ["manifest.json", "state.json", "tensors-00000-00001.safetensors"]
+    assert_same(whole_tensors(open_checkpoint(path)), tensors)
     # A reader that maps the file can then view each tensor in place.
-    data = (path / "tensors-00001.safetensors").read_bytes()
+    data = (path / "tensors-00000-00001.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8:start]).items():
         assert (start + entry["data_offsets"][0]) % tensors[name].element_size() == 0, name
@@ -76,15 +79,15 @@ def test_mixed_dtypes_of_odd_sizes_share_a_file(tmp_path: Path) -> None:
 
 def test_the_safetensors_library_maps_the_files(tmp_path: Path) -> None:
     tensors = {"é/weight": torch.randn(3, 5).bfloat16(), "step": torch.tensor(7), "mask": torch.tensor([True, False])}
-    path = save_state(tmp_path, 1, tensors, {}, keep=None)
-    with safe_open(path / "tensors-00001.safetensors", framework="pt") as file:
+    path = save_state(tmp_path, 1, local_parts(tensors), {}, keep=None)
+    with safe_open(path / "tensors-00000-00001.safetensors", framework="pt") as file:
         assert_same({name: file.get_tensor(name) for name in file.keys()}, tensors)  # noqa: SIM118
 
 
 def test_shared_storage_returns_as_independent_copies(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     tensors = {"embed": weight, "head": weight, "row": weight[1], "overlap": weight.view(-1)[2:5]}
-    loaded = load_state(save_state(tmp_path, 1, tensors, {}, keep=None)).tensors
+    loaded = whole_tensors(open_checkpoint(save_state(tmp_path, 1, local_parts(tensors), {}, keep=None)))
     assert_same(loaded, tensors)
     loaded["embed"].zero_()
     assert loaded["head"].sum() == 15
@@ -92,9 +95,9 @@ def test_shared_storage_returns_as_independent_copies(tmp_path: Path) -> None:
 
 
 def test_nothing_loaded_depends_on_the_files(tmp_path: Path) -> None:
-    path = save_state(tmp_path, 1, {"a": torch.arange(1000)}, {}, keep=None)
-    loaded = load_state(path).tensors["a"]
-    with open(path / "tensors-00001.safetensors", "r+b") as file:
+    path = save_state(tmp_path, 1, local_parts({"a": torch.arange(1000)}), {}, keep=None)
+    loaded = whole_tensors(open_checkpoint(path))["a"]
+    with open(path / "tensors-00000-00001.safetensors", "r+b") as file:
         file.write(b"\xff" * 5000)
     assert torch.equal(loaded, torch.arange(1000))
 
@@ -108,37 +111,37 @@ def test_state_returns_equal(tmp_path: Path) -> None:
         "none": None,
         "flags": {"": [True]},
     }
-    loaded = load_state(save_state(tmp_path, 12, {}, state, keep=None))
+    loaded = open_checkpoint(save_state(tmp_path, 12, {}, state, keep=None))
     assert (loaded.step, loaded.tensors, loaded.state) == (12, {}, state)
 
 
 def test_tensors_split_at_the_size_limit(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)} | {"big": torch.zeros(100)}
-    path = save_state(tmp_path, 1, tensors, {}, keep=None, max_file_bytes=80)
+    path = save_state(tmp_path, 1, local_parts(tensors), {}, keep=None, max_file_bytes=80)
     shards = sorted(path.glob("*.safetensors"))
-    assert [shard.name for shard in shards] == [f"tensors-{i:05d}.safetensors" for i in range(1, 5)]
+    assert [shard.name for shard in shards] == [f"tensors-00000-{i:05d}.safetensors" for i in range(1, 5)]
     sizes = []
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             sizes.append(sum(file.get_tensor(name).nbytes for name in file.keys()))  # noqa: SIM118
     # The tensor above the limit has a file of its own; the others go two a file.
     assert sizes == [400, 80, 80, 40]
-    assert_same(load_state(path).tensors, tensors)
+    assert_same(whole_tensors(open_checkpoint(path)), tensors)
 
 
 def test_equal_input_makes_equal_files(tmp_path: Path) -> None:
     tensors = {name: torch.ones(3) for name in "bca"}
-    one = save_state(tmp_path / "one", 1, tensors, {"a": 1}, keep=None)
-    two = save_state(tmp_path / "two", 1, dict(reversed(tensors.items())), {"a": 1}, keep=None)
+    one = save_state(tmp_path / "one", 1, local_parts(tensors), {"a": 1}, keep=None)
+    two = save_state(tmp_path / "two", 1, local_parts(dict(reversed(tensors.items()))), {"a": 1}, keep=None)
     assert [(p.name, p.read_bytes()) for p in sorted(one.iterdir())] == [
         (p.name, p.read_bytes()) for p in sorted(two.iterdir())
     ]
 
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
-    path = save_state(tmp_path, 5, {"a": torch.ones(3)}, {}, keep=None)
+    path = save_state(tmp_path, 5, local_parts({"a": torch.ones(3)}), {}, keep=None)
     manifest = json.loads((path / "manifest.json").read_text())["manifest"]
-    assert (manifest["format"], manifest["step"]) == (1, 5)
+    assert (manifest["format"], manifest["step"]) == (2, 5)
     assert {name: entry["size"] for name, entry in manifest["files"].items()} == {
         p.name: p.stat().st_size for p in path.iterdir() if p.name != "manifest.json"
     }
@@ -164,7 +167,7 @@ def test_tensor_that_cannot_be_stored_is_refused_before_writing(
     tmp_path: Path, name: str, tensor: torch.Tensor
 ) -> None:
     with pytest.raises(ValueError, match="cannot be stored|surrogates"):
-        save_state(tmp_path, 1, {"fine": torch.ones(1), name: tensor}, {}, keep=None)
+        save_state(tmp_path, 1, local_parts({"fine": torch.ones(1), name: tensor}), {}, keep=None)
     assert names(tmp_path) == []
 
 
@@ -191,29 +194,29 @@ def test_keep_counts_only_up_to_the_saved_step(tmp_path: Path) -> None:
 
 
 def test_sound_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
-    save_state(tmp_path, 1, {"a": torch.zeros(2)}, {}, keep=None)
+    save_state(tmp_path, 1, local_parts({"a": torch.zeros(2)}), {}, keep=None)
     with pytest.raises(CheckpointError, match="never overwritten"):
-        save_state(tmp_path, 1, {"a": torch.ones(2)}, {}, keep=1)
-    assert torch.equal(load_state(tmp_path / "step-00000001").tensors["a"], torch.zeros(2))
+        save_state(tmp_path, 1, local_parts({"a": torch.ones(2)}), {}, keep=1)
+    assert torch.equal(whole_tensors(open_checkpoint(tmp_path / "step-00000001"))["a"], torch.zeros(2))
 
 
 def test_damaged_checkpoint_of_the_same_step_is_replaced_with_a_warning(tmp_path: Path) -> None:
-    path = save_state(tmp_path, 1, {"a": torch.zeros(2)}, {}, keep=None)
+    path = save_state(tmp_path, 1, local_parts({"a": torch.zeros(2)}), {}, keep=None)
     (path / "state.json").unlink()
     with pytest.warns(UserWarning, match=r"replacing a damaged checkpoint: .*state\.json"):
-        save_state(tmp_path, 1, {"a": torch.ones(2)}, {}, keep=None)
-    assert torch.equal(load_state(path).tensors["a"], torch.ones(2))
+        save_state(tmp_path, 1, local_parts({"a": torch.ones(2)}), {}, keep=None)
+    assert torch.equal(whole_tensors(open_checkpoint(path))["a"], torch.ones(2))
     assert names(tmp_path) == ["step-00000001"]
 
 
 def test_newest_goes_by_number_and_ignores_other_names(tmp_path: Path) -> None:
     root = tmp_path / "deep" / "run"
-    assert load_newest(root) == (None, [])
+    assert open_newest(root) == (None, [])
     for step in (99_999_999, 100_000_000, 3):
         save_state(root, step, {}, {"step": step}, keep=None)
     for name in ("step-200000000.partial", "step-200000000.deleting", "step-0200000000", "step-3", "best", "step-x"):
         (root / name).mkdir()
-    state, skipped = load_newest(root)
+    state, skipped = open_newest(root)
     assert state is not None
     assert (state.step, state.state, skipped) == (100_000_000, {"step": 100_000_000}, [])
 
@@ -229,17 +232,17 @@ def test_save_leaves_foreign_names_alone(tmp_path: Path) -> None:
 def test_checkpoint_under_another_name_is_refused(tmp_path: Path, name: str) -> None:
     save_state(tmp_path, 1, {}, {}, keep=None).rename(tmp_path / name)
     with pytest.raises(CheckpointError, match=f"belongs to step-00000001, not to a directory named {name}"):
-        load_state(tmp_path / name)
+        open_checkpoint(tmp_path / name)
 
 
 def test_later_format_is_refused_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 2)
+        patch.setattr(manifest, "FORMAT", 3)
         path = save_state(tmp_path, 1, {}, {}, keep=None)
-    with pytest.raises(CheckpointError, match="has format 2; this version reads format 1"):
-        load_state(path)
+    with pytest.raises(CheckpointError, match="has format 3; this version reads format 2"):
+        open_checkpoint(path)
 
 
 def test_absent_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="step-00000007"):
-        load_state(tmp_path / "step-00000007")
+        open_checkpoint(tmp_path / "step-00000007")
