@@ -6,7 +6,9 @@ interrupted by SIGINT and SIGTERM, the state saved.
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,6 +22,7 @@ from llava_core.cli.doctor import doctor
 from llava_core.cli.generate import generate
 from llava_core.cli.train import train
 from llava_core.errors import CheckpointError, LlavaError, TrainingError
+from llava_core.launch.reports import report_error
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,8 +60,15 @@ def main() -> None:
         _fail(str(error), 1 if isinstance(error, TrainingError | CheckpointError) else 2)
     except OSError as error:  # a disk that is full, a folder that is closed
         _fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error), 1)
+    except Exception as error:
+        if report_error(traceback.format_exc(), os.environ):
+            raise SystemExit(1) from error
+        raise
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    """End with the message, printed by this process or, of many, by their launcher: once."""
+    if report_error(f"error: {message}", os.environ):
+        sys.exit(code)
     Console(stderr=True, highlight=False).print(f"error: {message}", style="red", markup=False, soft_wrap=True)
     sys.exit(code)
