@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +11,10 @@ from datetime import timedelta
 from typing import TypeVar
 
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from llava_core.engine.hardware import HOST, Hardware
-from llava_core.errors import ConfigError
+from llava_core.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
 
@@ -20,6 +23,10 @@ VARIABLES = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "
 
 HOST_GROUP = "gloo"
 """The process group in which hosts exchange objects, beside the device's own."""
+
+
+ROLL_SECONDS = 3.0
+"""They lose the same process at the same time, save for the work between two exchanges."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,31 @@ class Processes:
 
     @contextmanager
     def joined(self, hardware: Hardware, timeout: timedelta) -> Iterator[None]:
-        """Within, every process can talk to every other: devices by the backend's group, hosts by gloo."""
+        """Within, every process can talk to every other: devices by the backend's group, hosts by gloo.
+
+        Args:
+            timeout: how long one may wait for another, in each exchange.
+
+        Raises:
+            TrainingError: others are gone or did not answer in time; it names them and their hosts.
+        """
         if self.size == 1:
             yield
             return
+        store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=timeout))
+        roll = RollCall(self, store)
         device_type, group = hardware.device.type, hardware.backend.dist.process_group
         groups = f"{HOST}:{HOST_GROUP}" if device_type == HOST else f"{HOST}:{HOST_GROUP},{device_type}:{group}"
-        distributed.init_process_group(groups, timeout=timeout, rank=self.rank, world_size=self.size)
+        # An error leaves the group as it is: taking it down would tell the others that this process is lost before it
+        # can say why, and waits for those that are lost. The process ends with the error, and the group with it.
         try:
+            distributed.init_process_group(groups, store=store, timeout=timeout, rank=self.rank, world_size=self.size)
             yield
-        finally:
-            distributed.destroy_process_group()
+        except RuntimeError as error:
+            if not is_about_peers(error):
+                raise
+            raise roll.missing(error) from error
+        distributed.destroy_process_group()
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, by rank. Small host objects; each process must call it as often as the others."""
@@ -77,3 +98,48 @@ class Processes:
         found: list[T] = [value] * self.size
         distributed.all_gather_object(found, value)
         return found
+
+
+class RollCall:
+    """Who is still there after an exchange failed. Those that wait see it at about the same time, and sign."""
+
+    def __init__(self, processes: Processes, store: distributed.Store) -> None:
+        self._processes = processes
+        self._store = distributed.PrefixStore("roll", store)
+        self._store.set(f"host/{processes.rank}", socket.gethostname())
+
+    def missing(self, error: RuntimeError) -> TrainingError:
+        """The error that names whoever does not sign within ROLL_SECONDS."""
+        try:
+            absent = self._await_others()
+        except distributed.DistError:
+            return TrainingError(f"lost the other processes, and the place where they meet: {_first_line(error)}")
+        if not absent:
+            return TrainingError(f"all processes answer, but an exchange between them failed: {_first_line(error)}")
+        return TrainingError(
+            f"no answer from {', '.join(absent)}: it ended, is stopped or hangs, or its machine or network is down "
+            f"({_first_line(error)})"
+        )
+
+    def _await_others(self) -> list[str]:
+        self._store.set(f"here/{self._processes.rank}", "1")
+        end = time.monotonic() + ROLL_SECONDS
+        absent = [rank for rank in range(self._processes.size) if rank != self._processes.rank]
+        while absent and time.monotonic() < end:
+            absent = [rank for rank in absent if not self._store.check([f"here/{rank}"])]
+            time.sleep(0.05)
+        return [f"rank {rank} on {self._host(rank)}" for rank in absent]
+
+    def _host(self, rank: int) -> str:
+        key = f"host/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else "a host that never joined"
+
+
+def is_about_peers(error: RuntimeError) -> bool:
+    """Whether it says that an exchange failed, not this process's own work. gloo has no exception of its own, but
+    names its source file."""
+    return isinstance(error, distributed.DistError) or f"/{HOST_GROUP}/" in str(error)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
