@@ -19,8 +19,12 @@ from llava_core.backend import (
     PrecisionCaps,
     Probe,
     Rng,
+    World,
 )
 from llava_cpu.kernels import KERNELS
+
+THREADS = "OMP_NUM_THREADS"
+"""How many threads a user, or a launcher of several processes, allows each of them."""
 
 
 class CpuMemory(Memory):
@@ -65,8 +69,14 @@ class CpuBackend(Backend):
         device = DeviceInfo(0, _cpu_name(), CpuMemory().total_bytes() or None)
         return Probe(True, f"{available_cores()} cores", (device,))
 
+    @classmethod
+    def launch_env(cls, world: World, environment: Mapping[str, str]) -> Mapping[str, str]:
+        if world.local_size == 1 or THREADS in environment:
+            return {}
+        return {THREADS: str(max(1, idle_cores() // world.local_size))}
+
     def open(self, local_rank: int, *, threads: int | None, deterministic: bool) -> torch.device:
-        torch.set_num_threads(threads if threads is not None else idle_cores())
+        torch.set_num_threads(threads or given_threads(os.environ) or idle_cores())
         torch.use_deterministic_algorithms(deterministic)
         return torch.device("cpu")
 
@@ -123,6 +133,12 @@ def idle_cores() -> int:
     if cores != os.cpu_count():
         return cores
     return max(1, min(cores, round(cores - os.getloadavg()[0])))
+
+
+def given_threads(environment: Mapping[str, str]) -> int | None:
+    """The threads that the environment allows; a list says those of each level of nesting, of which PyTorch has one."""
+    first = environment.get(THREADS, "").partition(",")[0]
+    return int(first) or None if first.isdecimal() else None
 
 
 def has_bf16_matmul() -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import distributed
 
+from llava_core.backend import World
 from llava_cpu import backend as module
-from llava_cpu.backend import CpuBackend, available_cores, idle_cores
+from llava_cpu.backend import CpuBackend, available_cores, given_threads, idle_cores
 
 
 def test_it_is_always_available() -> None:
@@ -77,3 +78,26 @@ def test_its_process_group_sums(tmp_path: Path) -> None:
             assert torch.equal(value, torch.ones(3, dtype=dtype))
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("local_size", "share"), [(2, "4"), (3, "2"), (16, "1")])
+def test_processes_of_one_machine_share_its_cores(local_size: int, share: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "idle_cores", lambda: 8)
+    assert CpuBackend.launch_env(World(local_size), {}) == {"OMP_NUM_THREADS": share}
+
+
+def test_a_process_alone_and_a_user_who_chose_are_left_alone() -> None:
+    assert CpuBackend.launch_env(World(1), {}) == {}
+    assert CpuBackend.launch_env(World(4), {"OMP_NUM_THREADS": "3"}) == {}
+
+
+@pytest.mark.parametrize(("text", "threads"), [("3", 3), ("3,1", 3), ("0", None), ("many", None)])
+def test_the_environment_says_how_many_threads(text: str, threads: int | None) -> None:
+    assert given_threads({"OMP_NUM_THREADS": text}) == threads
+
+
+def test_open_keeps_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(module, "idle_cores", lambda: 2)
+    CpuBackend().open(0, threads=None, deterministic=False)
+    assert torch.get_num_threads() == 1
