@@ -40,11 +40,11 @@ class Rng(ABC):
 
     @abstractmethod
     def state(self) -> Mapping[str, torch.Tensor]:
-        """The generators' states, as uint8 tensors on the host."""
+        """The generators' states, as uint8 tensors on the host; PyTorch's own on the host is `host`."""
 
     @abstractmethod
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Return to a state taken by `state`."""
+        """Return to a state taken by `state`; one of other hardware has `host` alone in common, which is enough."""
 
 
 class Backend(ABC):

@@ -112,8 +112,7 @@ def local_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
 
 
 def laid_out_like(tensor: Tensor, local: Tensor) -> Tensor:
-    """The tensor of which this process holds `local`, laid out as `tensor` is and on its device."""
-    local = local.to(tensor.device)
+    """The tensor of which this process holds `local`, laid out as `tensor` is."""
     if not isinstance(tensor, DTensor):
         return local
     return DTensor.from_local(

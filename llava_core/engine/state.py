@@ -69,7 +69,8 @@ def _read_like(stored: Stored, name: str, parameter: Tensor) -> Tensor:
     """What the optimizer keeps of a parameter: laid out as it is, or a plain value such as the number of its steps."""
     if stored.tensors[name].shape != tuple(parameter.shape):
         return stored.read(name)
-    return laid_out_like(parameter, stored.read(name, local_part(parameter).region))
+    part = local_part(parameter)
+    return laid_out_like(parameter, stored.read(name, part.region).to(part.data.device))
 
 
 def _load_moments(moments: Mapping[str, dict[str, Tensor]], trained: Trained, optimizer: Optimizer) -> None:

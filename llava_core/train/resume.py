@@ -19,6 +19,7 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "log.",
     "backend.",
+    "parallel.",
     "data.num_workers",
     "data.max_bad_fraction",
     # Where the files lie; what they hold is compared by itself.
@@ -29,7 +30,11 @@ FREE_TO_CHANGE = (
     "model.language",
     "model.projector",
 )
-"""Settings that do not change the numbers of a run; those that end in a dot stand for a section."""
+"""Settings that do not change the numbers of a run beyond the order of sums; those that end in a dot stand for a
+section."""
+
+NOT_FREE = ("parallel.reduce_dtype",)
+"""What of these sections changes the numbers."""
 
 HEAD_BYTES = 1 << 20
 SAMPLE_BYTES, NUM_SAMPLES = 1 << 16, 32
@@ -41,20 +46,26 @@ def checkpoint_folder(run: Run) -> Path:
 
 
 def save(run: Run, step: int) -> Path:
-    """Save the run's whole state after `step` optimizer steps. Raises CheckpointError."""
+    """Save the run's whole state after `step` optimizer steps; every process calls it. Raises CheckpointError."""
     tensors, engine_state = run.engine.state()
     state: dict[str, Any] = {
         "engine": engine_state,
         "loader": run.loader.state_dict(),
         "settings": _settings(run),
         "weights": _weights_fingerprint(run),
-        "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), "backend": _backend(run)},
+        "environment": {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "processes": run.processes.size,
+            "backend": _backend(run),
+        },
     }
-    return save_state(checkpoint_folder(run), step, local_parts(tensors), state, keep=run.config.checkpoint.keep)
+    keep = run.config.checkpoint.keep
+    return save_state(checkpoint_folder(run), step, local_parts(tensors), state, keep=keep, processes=run.processes)
 
 
 def resume(run: Run) -> tuple[int, list[str]]:
-    """Return the run to its newest sound checkpoint.
+    """Return the run to its newest sound checkpoint; every process calls it.
 
     Returns:
         The optimizer steps done so far, 0 for a fresh start; and what the user should know.
@@ -69,7 +80,7 @@ def resume(run: Run) -> tuple[int, list[str]]:
                 f"{folder} holds checkpoints and checkpoint.resume is false: name another output, or remove them."
             )
         return 0, []
-    loaded, skipped = open_newest(folder)
+    loaded, skipped = open_newest(folder, run.processes)
     notes = [f"skipped a damaged checkpoint: {path}: {reason}" for path, reason in skipped]
     if loaded is None:
         if skipped:
@@ -81,13 +92,25 @@ def resume(run: Run) -> tuple[int, list[str]]:
     run.engine.load_state(loaded, loaded.state["engine"])
     run.loader.load_state_dict(loaded.state["loader"])
     notes.append(f"resumed after step {loaded.step} from {folder}")
-    threads = loaded.state["environment"]["threads"]
+    notes += _differences(loaded.state["environment"], run)
+    return loaded.step, notes
+
+
+def _differences(environment: Mapping[str, Any], run: Run) -> list[str]:
+    """What keeps the run from repeating the one that was saved bit for bit, for the user to know."""
+    notes = []
+    threads, processes = environment["threads"], environment["processes"]
+    if processes != run.processes.size:
+        notes.append(
+            f"the checkpoint was made by {processes} process{'es' * (processes > 1)}, this run has {run.processes.size}: "
+            "its state and the order of samples are the same, sums may differ in their last bits."
+        )
     if threads != torch.get_num_threads():
         notes.append(
             f"the checkpoint was made with {threads} threads, this run has {torch.get_num_threads()}: sums may differ "
             f"in their last bits. Set backend.threads={threads} to repeat it bit for bit."
         )
-    return loaded.step, notes
+    return notes
 
 
 def _check_same_run(state: Mapping[str, Any], run: Run, folder: Path) -> None:
@@ -120,6 +143,8 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_free(key: str) -> bool:
+    if key in NOT_FREE:
+        return False
     return any(key.startswith(free) if free.endswith(".") else key == free for free in FREE_TO_CHANGE)
 
 

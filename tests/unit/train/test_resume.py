@@ -137,6 +137,7 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
         ("data.template=llama_2", "data.template"),
         ("batch.global_size=4", "batch.global_size"),
         ("optimizer.part_learning_rates.projector=1e-4", "optimizer.part_learning_rates.projector"),
+        ("parallel.reduce_dtype=bf16", "parallel.reduce_dtype"),
     ],
 )
 def test_a_changed_setting_is_refused_by_its_name(
@@ -149,7 +150,9 @@ def test_a_changed_setting_is_refused_by_its_name(
     assert_bit_equal(engine_tensors(run), before)
 
 
-@pytest.mark.parametrize("change", ["checkpoint.keep=7", "log.every_steps=3", "data.num_workers=1"])
+@pytest.mark.parametrize(
+    "change", ["checkpoint.keep=7", "log.every_steps=3", "data.num_workers=1", "parallel.data=grad"]
+)
 def test_what_does_not_change_the_numbers_may_change(
     change: str, parts: TinyParts, stopped: Path, tmp_path: Path
 ) -> None:
@@ -218,3 +221,10 @@ def test_another_number_of_threads_is_mentioned(parts: TinyParts, stopped: Path,
     _, notes = resume.resume(run)
     assert torch.get_num_threads() == 2
     assert any("backend.threads=1" in note for note in notes)
+
+
+def test_another_number_of_processes_is_mentioned(parts: TinyParts, tmp_path: Path) -> None:
+    run = tiny_run(parts, tmp_path / "run")
+    made_by_eight = {"threads": torch.get_num_threads(), "processes": 8}
+    assert "made by 8 processes, this run has 1" in resume._differences(made_by_eight, run)[0]
+    assert resume._differences(made_by_eight | {"processes": 1}, run) == []

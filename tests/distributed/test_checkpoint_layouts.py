@@ -1,0 +1,219 @@
+"""A checkpoint of any layout is loaded under any other: weights, moments and random state bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from llava_core.data.batch import Labelled
+from llava_core.engine.layout import Layout
+from llava_core.engine.mesh import Mesh
+from llava_core.engine.parts import local_parts
+from llava_core.engine.processes import Processes
+from llava_core.engine.state import collect, restore
+from llava_core.engine.torch_engine import TorchEngine
+from llava_core.errors import CheckpointError
+from llava_core.train.checkpoint import open_newest, save_state
+from tests.distributed.processes import run_processes
+from tests.hardware import hardware
+from tests.unit.engine.support import batches, engine, examples, hf_model
+
+LAYOUTS = {
+    "one": Layout(),
+    "shard_2": Layout(shard=2),
+    "shard_4": Layout(shard=4),
+    "replicate_2": Layout(replicate=2),
+    "hybrid_2x2": Layout(replicate=2, shard=2),
+}
+
+
+def this_process() -> Processes:
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    return Processes(rank, size, rank, size)
+
+
+def tiny_engine(layout: Layout, seed: int) -> TorchEngine:
+    model, spec = hf_model(seed=seed)
+    mesh = None if layout.world_size == 1 else Mesh.build(this_process(), layout, hardware().device.type)
+    return engine(model, spec, mesh=mesh)
+
+
+def take_step(trained: TorchEngine, number: int) -> float:
+    """Each process takes its share of the step's four micro-batches."""
+    step = batches(examples(hf_model()[1], seed=number), [2, 1, 2, 3])
+    own = step if trained.mesh is None else step[trained.mesh.data_index :: trained.mesh.layout.data]
+    return trained.step(own, 1.0, Labelled.of(step)).loss
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gathered by torch, as a reference of its own."""
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone() for n, t in tensors.items()}
+
+
+def save_under(layout: Layout, root: Path) -> dict[str, Tensor]:
+    """Save after two steps; what all processes held together."""
+    torch.manual_seed(distributed.get_rank())  # of the random states it is the first process's that counts
+    trained = tiny_engine(layout, seed=0)
+    for number in range(2):
+        take_step(trained, number)
+    tensors, state = trained.state()
+    save_state(root, 2, local_parts(tensors), state, keep=None, processes=this_process())
+    return whole(tensors)
+
+
+def load_under(layout: Layout, roots: dict[str, Path]) -> dict[str, dict[str, Tensor]]:
+    """What an engine of other weights holds after loading each of the checkpoints."""
+    trained = tiny_engine(layout, seed=1)
+    take_step(trained, 5)
+    found = {}
+    for name, root in roots.items():
+        checkpoint, skipped = open_newest(root, this_process())
+        assert checkpoint is not None
+        assert skipped == []
+        trained.load_state(checkpoint, checkpoint.state)
+        found[name] = whole(trained.state()[0])
+    return found
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of each layout, and what it must hold."""
+
+    roots: dict[str, Path]
+    expected: dict[str, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    roots = {name: tmp_path_factory.mktemp(name) for name in LAYOUTS}
+    held = {n: run_processes(layout.world_size, save_under, layout, roots[n])[0] for n, layout in LAYOUTS.items()}
+    return Saved(roots, held)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_loads_every_other(name: str, saved: Saved) -> None:
+    layout = LAYOUTS[name]
+    for found in run_processes(layout.world_size, load_under, layout, saved.roots):
+        for source, expected in saved.expected.items():
+            assert_same_bits(found[source], expected)
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in expected)
+
+
+def test_a_sharded_checkpoint_holds_each_value_once(saved: Saved) -> None:
+    sizes = {n: sum(f.stat().st_size for f in root.rglob("*.safetensors")) for n, root in saved.roots.items()}
+    # Beyond the values only headers, of each file: names, shapes and offsets.
+    assert max(sizes.values()) < 1.5 * sizes["one"], sizes
+
+
+def go_on(layout: Layout, root: Path) -> list[float]:
+    trained = tiny_engine(layout, seed=1)
+    checkpoint, _ = open_newest(root, this_process())
+    assert checkpoint is not None
+    trained.load_state(checkpoint, checkpoint.state)
+    return [take_step(trained, number) for number in (2, 3)]
+
+
+def test_training_goes_on_under_another_layout(saved: Saved) -> None:
+    (expected,) = run_processes(1, go_on, LAYOUTS["one"], saved.roots["shard_2"])
+    for found in run_processes(2, go_on, LAYOUTS["shard_2"], saved.roots["shard_2"]):
+        assert found == pytest.approx(expected, rel=1e-5)  # sums over processes; measured 1e-7
+
+
+# ---- tensor parallel, and FSDP over it
+
+
+class Toy(nn.Module):
+    """Matrices that are cut by columns and by rows, some unevenly."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"up": (10, 6), "down": (6, 10), "odd": (7, 5), "bias": (10,), "norm": (6,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator)))
+
+
+TENSOR_DIMS = {"up": 0, "down": 1, "odd": 0, "bias": 0}
+TOYS = {"one": (1, 1), "tensor_2": (1, 2), "tensor_4": (1, 4), "shard_2_tensor_2": (2, 2), "shard_4": (4, 1)}
+"""Processes that shard, and processes that share matrices."""
+
+
+def toy(shard: int, tensor: int, seed: int) -> tuple[Toy, torch.optim.AdamW]:
+    module = Toy(seed)
+    if shard * tensor > 1:
+        mesh = init_device_mesh(hardware().device.type, (shard, tensor), mesh_dim_names=("dp", "tp"))
+        if tensor > 1:
+            for name, dim in TENSOR_DIMS.items():
+                value = distribute_tensor(module.get_parameter(name).detach(), mesh["tp"], [Shard(dim)])
+                module.register_parameter(name, nn.Parameter(value))
+        if shard > 1:
+            fully_shard(module, mesh=mesh["dp"])
+    return module, torch.optim.AdamW(module.parameters(), lr=0.1)
+
+
+def learn(module: Toy, optimizer: torch.optim.AdamW) -> None:
+    for parameter in module.parameters():
+        parameter.grad = parameter.detach() * 3 + 1
+    optimizer.step()
+
+
+def save_toy(sizes: tuple[int, int], root: Path) -> dict[str, Tensor]:
+    module, optimizer = toy(*sizes, seed=0)
+    learn(module, optimizer)
+    tensors, state = collect(dict(module.named_parameters()), optimizer, hardware().backend.rng, None)
+    save_state(root, 1, local_parts(tensors), state, keep=None, processes=this_process())
+    return whole(tensors)
+
+
+def load_toy(sizes: tuple[int, int], roots: dict[str, Path]) -> dict[str, dict[str, Tensor]]:
+    module, optimizer = toy(*sizes, seed=1)
+    named, rng = dict(module.named_parameters()), hardware().backend.rng
+    found = {}
+    for name, root in roots.items():
+        checkpoint, _ = open_newest(root, this_process())
+        assert checkpoint is not None
+        restore(checkpoint, named, optimizer, rng)
+        found[name] = whole(collect(named, optimizer, rng, None)[0])
+    learn(module, optimizer)  # what was restored is such that the optimizer goes on with it
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved_toys(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    roots = {name: tmp_path_factory.mktemp(name) for name in TOYS}
+    held = {n: run_processes(s * t, save_toy, (s, t), roots[n])[0] for n, (s, t) in TOYS.items()}
+    return Saved(roots, held)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_tensor_parallel_layouts_load_every_other(name: str, saved_toys: Saved) -> None:
+    shard, tensor = TOYS[name]
+    for found in run_processes(shard * tensor, load_toy, (shard, tensor), saved_toys.roots):
+        for source, expected in saved_toys.expected.items():
+            assert_same_bits(found[source], expected)
+
+
+def test_another_model_is_refused_by_every_process(saved_toys: Saved) -> None:
+    run_processes(2, load_into_another_model, saved_toys.roots["tensor_2"])
+
+
+def load_into_another_model(root: Path) -> None:
+    trained = tiny_engine(Layout(shard=2), seed=0)
+    checkpoint, _ = open_newest(root, this_process())
+    assert checkpoint is not None
+    with pytest.raises(CheckpointError, match="trains other parameters than this run"):
+        trained.load_state(checkpoint, checkpoint.state)
