@@ -99,11 +99,11 @@ def resume(run: Run) -> tuple[int, list[str]]:
 def _differences(environment: Mapping[str, Any], run: Run) -> list[str]:
     """What keeps the run from repeating the one that was saved bit for bit, for the user to know."""
     notes = []
-    threads, processes = environment["threads"], environment["processes"]
-    if processes != run.processes.size:
+    threads, then, now = environment["threads"], environment["processes"], run.processes.size
+    if then != now:
         notes.append(
-            f"the checkpoint was made by {processes} process{'es' * (processes > 1)}, this run has {run.processes.size}: "
-            "its state and the order of samples are the same, sums may differ in their last bits."
+            f"the checkpoint was made by {then} process{'es' * (then > 1)}, this run has {now}: the state and the order "
+            "of samples are the same, sums may differ in their last bits."
         )
     if threads != torch.get_num_threads():
         notes.append(
