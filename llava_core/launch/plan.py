@@ -96,10 +96,10 @@ def check_flags(flags: Flags, environment: Mapping[str, str]) -> None:
     for flag, value in flags.given().items():
         name = {"--nproc": "LOCAL_WORLD_SIZE", "--nnodes": "GROUP_WORLD_SIZE", "--node-rank": "GROUP_RANK"}.get(flag)
         name = name or flag.removeprefix("--").replace("-", "_").upper()
-        if value != AUTO and name in environment and str(value) != environment[name]:
+        if value != AUTO and str(value) != environment.get(name):
             raise ConfigError(
                 f"{flag} {value}, but this is one of the processes that a launcher started already, with "
-                f"{name}={environment[name]}: leave the flag out."
+                f"{name}={environment.get(name)}: leave the flag out."
             )
 
 

@@ -26,9 +26,10 @@ def task_variables(environment: Mapping[str, str], flags: Flags) -> dict[str, st
         return {}
     per_node = tasks_per_node(_one_of(environment, "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"))
     meeting = {
-        "MASTER_ADDR": environment.get("MASTER_ADDR")
+        "MASTER_ADDR": flags.master_addr
+        or environment.get("MASTER_ADDR")
         or first_host(_one_of(environment, "SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(_port(environment)),
+        "MASTER_PORT": str(flags.master_port or environment.get("MASTER_PORT") or _port(environment)),
     }
     if flags.nproc is not None or "NPROC_PER_NODE" in environment:
         if max(per_node) > 1:
@@ -39,12 +40,15 @@ def task_variables(environment: Mapping[str, str], flags: Flags) -> dict[str, st
             )
         return {"NNODES": size, "NODE_RANK": _one_of(environment, "SLURM_PROCID"), **meeting}
     node = int(_one_of(environment, "SLURM_NODEID"))
-    local_size = per_node[node] if node < len(per_node) else per_node[-1]
+    if sum(per_node) != int(size) or node >= len(per_node):
+        raise ConfigError(f"{size} tasks, of which machine {node} is one of {per_node}: srun's variables disagree.")
     return {
         "RANK": _one_of(environment, "SLURM_PROCID"),
         "WORLD_SIZE": size,
         "LOCAL_RANK": _one_of(environment, "SLURM_LOCALID"),
-        "LOCAL_WORLD_SIZE": str(local_size),
+        "LOCAL_WORLD_SIZE": str(per_node[node]),
+        "GROUP_RANK": str(node),
+        "GROUP_WORLD_SIZE": str(len(per_node)),
         **meeting,
     }
 

@@ -154,6 +154,8 @@ def test_a_task_of_srun_is_a_process() -> None:
         "WORLD_SIZE": "16",
         "LOCAL_RANK": "3",
         "LOCAL_WORLD_SIZE": "8",
+        "GROUP_RANK": "1",
+        "GROUP_WORLD_SIZE": "2",
         "MASTER_ADDR": "gpu03",
         "MASTER_PORT": "23100",
     }
@@ -162,6 +164,8 @@ def test_a_task_of_srun_is_a_process() -> None:
 def test_a_given_meeting_place_stays() -> None:
     found = task_variables({**STEP, "MASTER_ADDR": "m", "MASTER_PORT": "1"}, Flags())
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("m", "1")
+    found = task_variables({**STEP, "MASTER_ADDR": "m", "MASTER_PORT": "1"}, Flags(master_addr="f", master_port=2))
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("f", "2")
 
 
 def test_a_task_a_machine_with_nproc_is_a_launcher() -> None:
@@ -200,6 +204,11 @@ def test_tasks_per_node(text: str, expected: list[int]) -> None:
 )
 def test_first_host(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
+
+
+def test_variables_of_srun_that_disagree_are_refused() -> None:
+    with pytest.raises(ConfigError, match="16 tasks, of which machine 1 is one of \\[8\\]"):
+        task_variables({**STEP, "SLURM_STEP_TASKS_PER_NODE": "8"}, Flags())
 
 
 def test_what_cannot_be_read_is_named() -> None:
