@@ -119,6 +119,7 @@ class Meeting:
                     codes += found["codes"]
                     failures += [Failure(**failure) for failure in found["failures"]]
                     missing.remove(other)
+                missing = [other for other in missing if other in self._others]
                 if end == float("inf") and self.ended is not None:
                     end = time.monotonic() + patience
                 time.sleep(0.05)
@@ -200,10 +201,11 @@ class Meeting:
             self._heard[node] = (beat, now if beat != known else since)
             if now - since > LOST_SECONDS and beat == known:
                 self.tell_end(End(f"the launcher of node {node} has not been heard of for {LOST_SECONDS} s", 1))
+                self._others = [other for other in self._others if other != node]  # nobody waits for it any more
 
     def _wait_to_leave(self) -> None:
         end = time.monotonic() + LEAVE_SECONDS
-        while time.monotonic() < end and not self._store.check([f"left/{node}" for node in self._others]):
+        while time.monotonic() < end and any(not self._store.check([f"left/{node}"]) for node in self._others):
             time.sleep(0.05)
 
 

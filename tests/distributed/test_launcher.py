@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_core.launch import meeting
 from llava_core.launch.plan import Plan
 from tests.distributed.launching import SAVES, World, await_true, free_port
 
@@ -206,6 +207,16 @@ def test_interrupted_processes_of_another_machine_end_as_interrupted(world: Worl
     world.find("ready", range(2))
     world.machines[1].send(signal.SIGTERM)
     assert [machine.wait() for machine in world.machines] == [143, 143]
+
+
+def test_a_machine_that_falls_silent_is_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "LOST_SECONDS", 2)
+    two_machines(world, FOREVER)
+    world.find("pid", range(2))
+    time.sleep(1.5)  # until it has been heard of
+    world.machines[1].send(signal.SIGSTOP)
+    assert world.machines[0].wait() == 1
+    assert "the launcher of node 1 has not been heard of for 2 s" in world.machines[0].printed
 
 
 def test_machines_started_with_different_numbers_are_refused(world: World) -> None:
