@@ -102,8 +102,8 @@ def _differences(environment: Mapping[str, Any], run: Run) -> list[str]:
     threads, then, now = environment["threads"], environment["processes"], run.processes.size
     if then != now:
         notes.append(
-            f"the checkpoint was made by {then} process{'es' * (then > 1)}, this run has {now}: the state and the order "
-            "of samples are the same, sums may differ in their last bits."
+            f"the checkpoint was made by {then} process{'es' * (then > 1)}, this run has {now}: the state and "
+            "the order of samples are the same, sums may differ in their last bits."
         )
     if threads != torch.get_num_threads():
         notes.append(

@@ -6,12 +6,15 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llava_core.data.images import ImageProcessor
 from llava_core.data.records import IMAGE_MARK
@@ -44,6 +47,7 @@ def export_model(
     folder: Path,
     *,
     dtype: torch.dtype,
+    writes: bool = True,
 ) -> Path:
     """Writes the model to `folder`, which appears when it is complete and durable; returns it.
 
@@ -57,34 +61,26 @@ def export_model(
     export at `folder` is replaced when the new one is complete; between the two renames this takes, a crash leaves both
     beside it, as `.partial` and `.replaced`.
 
+    Of a model that is spread over processes each of them calls this, and one weight at a time is whole in each.
+
     Args:
         template: the one that the model was trained with; becomes the chat template.
         dtype: of the weights: fp32, bf16 or fp16.
+        writes: False in all processes but one, which only hand over what they hold. Where the one fails, it still takes
+            what they hand over, so that they do not wait for it; the error is raised there alone.
 
     Raises:
         WeightsError: `folder` holds something else; it is left alone.
         ConfigError: a tokenizer or template that cannot be exported exactly. Nothing was written.
     """
-    folder = Path(folder)
-    refuse_foreign(folder)
-    multimodal = model.spec.vision is not None
-    if multimodal != (image_processor is not None):
-        raise WeightsError("a model with a vision tower is exported with its image processor, and only such a model.")
-    exported = exported_tokenizer(tokenizer, template, multimodal=multimodal)
-    spec = _exported_spec(model.spec, exported)
-    partial = _beside(folder, ".partial")
-    _remove(partial)
-    partial.mkdir(parents=True)
+    weights = _whole_weights(model)
     try:
-        write_weights(partial, _tensors(model, spec), dtype, max_file_bytes=MAX_FILE_BYTES)
-        exported.save_pretrained(partial)
-        for name, content in _configs(spec, exported, image_processor, template, dtype).items():
-            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # frees a full disk; the next export sweeps what resists
-        raise
-    return folder
+        if writes:
+            _write(model, weights, tokenizer, image_processor, template, Path(folder), dtype)
+    finally:
+        for _ in weights:
+            pass
+    return Path(folder)
 
 
 def exported_tokenizer(
@@ -123,6 +119,35 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
+def _write(
+    model: Llava,
+    weights: Iterator[Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: ImageProcessor | None,
+    template: Template,
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    refuse_foreign(folder)
+    multimodal = model.spec.vision is not None
+    if multimodal != (image_processor is not None):
+        raise WeightsError("a model with a vision tower is exported with its image processor, and only such a model.")
+    exported = exported_tokenizer(tokenizer, template, multimodal=multimodal)
+    spec = _exported_spec(model.spec, exported)
+    partial = _beside(folder, ".partial")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        write_weights(partial, _tensors(model, spec, weights), dtype, max_file_bytes=MAX_FILE_BYTES)
+        exported.save_pretrained(partial)
+        for name, content in _configs(spec, exported, image_processor, template, dtype).items():
+            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # frees a full disk; the next export sweeps what resists
+        raise
+
+
 def _exported_spec(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> ModelSpec:
     text = replace(spec.text, vocab_size=grown_size(spec.text.vocab_size, tokenizer))
     if spec.vision is None:
@@ -130,14 +155,26 @@ def _exported_spec(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> Model
     return replace(spec, text=text, image_token_id=tokenizer.get_vocab()[IMAGE_MARK])
 
 
-def _tensors(model: Llava, spec: ModelSpec) -> dict[str, TensorToWrite]:
+def _whole_weights(model: Llava) -> Iterator[Tensor]:
+    """Each parameter, put together from all processes where it is spread; a step of one is a step of all."""
+    for _, parameter in model.named_parameters():
+        weight = parameter.detach()
+        yield weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _tensors(model: Llava, spec: ModelSpec, weights: Iterator[Tensor]) -> dict[str, TensorToWrite]:
+    """What is written, in the order of `weights`, from which it is taken when its turn comes."""
     tensors = {}
     for name, parameter in model.named_parameters():
         shape, disk_name = tuple(parameter.shape), name if spec.vision else to_language_only(name)
         num_rows = spec.text.vocab_size if name in (EMBEDDING, HEAD) else shape[0]
-        read = functools.partial(grown, parameter.detach(), num_rows)
+        read = functools.partial(_take, weights, num_rows)
         tensors[disk_name] = TensorToWrite((num_rows, *shape[1:]), read)
     return tensors
+
+
+def _take(weights: Iterator[Tensor], num_rows: int) -> Tensor:
+    return grown(next(weights), num_rows)
 
 
 def _configs(
