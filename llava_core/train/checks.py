@@ -9,6 +9,7 @@ from typing import Any
 from llava_core.config import RunConfig
 from llava_core.data.records import IMAGE_MARK
 from llava_core.engine.hardware import Hardware
+from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
@@ -52,6 +53,21 @@ def check_trackers(config: RunConfig, registry: Registry) -> None:
     """Each tracker that the config names is registered. Raises PluginError."""
     for name in config.log.trackers:
         registry.load("tracker", name)
+
+
+def check_shares(config: RunConfig, layout: Layout) -> None:
+    """Each process has something of each full step.
+
+    Raises:
+        ConfigError: a step has fewer samples, or padded micro-batches, than there are shares.
+    """
+    chunks = config.batch.global_size // (config.batch.micro_size or 1)
+    if chunks < layout.data:
+        unit = "samples" if config.batch.micro_size is None else f"micro-batches of {config.batch.micro_size}"
+        raise ConfigError(
+            f"batch.global_size = {config.batch.global_size}: {layout.data} data-parallel processes cannot share "
+            f"{chunks} {unit} a step; raise it, or start fewer processes."
+        )
 
 
 def check_backend(config: RunConfig, hardware: Hardware) -> None:

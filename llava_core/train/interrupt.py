@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -17,8 +17,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
-    def __bool__(self) -> bool:
-        return self.signal is not None
+    def agree(self, gather: Callable[[int], list[int]]) -> bool:
+        """Whether any process was asked: a signal reaches them at different steps, and all must stop after the same."""
+        asked = [number for number in gather(self.signal or 0) if number]
+        self.signal = signal.Signals(asked[0]) if asked else None
+        return bool(asked)
 
     @property
     def exit_code(self) -> int:

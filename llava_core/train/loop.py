@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -14,17 +14,22 @@ from rich.console import Console
 from llava_core.config import RunConfig, to_yaml
 from llava_core.data.examples import naming_killed_workers
 from llava_core.data.loader import Step
+from llava_core.engine.processes import Processes
 from llava_core.engine.torch_engine import StepResult
 from llava_core.errors import ConfigError, LlavaError
 from llava_core.plugins import Registry
 from llava_core.train import report, resume
 from llava_core.train.flops import step_flops
 from llava_core.train.interrupt import StopRequest, stop_on_signals
-from llava_core.train.metrics import MetricsLog, StepMetrics, Tracker
+from llava_core.train.metrics import StepMetrics
 from llava_core.train.plots import plot_loss
-from llava_core.train.prepare import EXPORT_FOLDER, Run, prepare
+from llava_core.train.prepare import EXPORT_FOLDER, Run, open_run, prepare
 from llava_core.train.profiling import StepProfiler
+from llava_core.train.recording import recording
 from llava_core.weights.export import export_model
+
+RANK_TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for another: one may write a checkpoint or read a large file while the others wait."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +48,48 @@ class RunResult:
 
 
 def train_model(
-    config: RunConfig, registry: Registry | None = None, console: Console | None = None, *, brief: bool = False
+    config: RunConfig,
+    registry: Registry | None = None,
+    console: Console | None = None,
+    *,
+    brief: bool = False,
+    processes: Processes | None = None,
 ) -> RunResult:
     """Run a config to its end, or until a signal asks to stop; then there is a checkpoint to go on from.
 
     Args:
         brief: print two lines in place of the plan and its table of kernels.
+        processes: this process among those that train together, each of which calls this; None for one alone.
 
     Raises:
         LlavaError: whatever stops the run; what was written before stays.
     """
-    registry = registry or Registry.discover()
-    console = console or Console()
-    run = prepare(config, registry)
-    (report.print_summary if brief else report.print_plan)(run, console)
+    registry, processes = registry or Registry.discover(), processes or Processes()
+    console = (console or Console()) if processes.is_first else Console(quiet=True)
+    hardware = open_run(config, registry, processes)
+    with processes.joined(hardware, RANK_TIMEOUT):
+        run = prepare(config, registry, hardware, processes)
+        (report.print_summary if brief else report.print_plan)(run, console)
+        return train_prepared(run, registry, console)
+
+
+def train_prepared(run: Run, registry: Registry, console: Console) -> RunResult:
+    """Go on from the newest checkpoint to the end, then export. Raises as `train_model`."""
+    config = run.config
     done, notes = resume.resume(run)
     for note in notes:
         console.print(note, markup=False)
     export = config.output / EXPORT_FOLDER
     if export.exists() and done in (0, run.schedule.total_steps):
         return finished_before(run, done, export, console)
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    if run.processes.is_first:
+        config.output.mkdir(parents=True, exist_ok=True)
+        (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     with stop_on_signals() as stop, naming_killed_workers():
         done = run_steps(run, done, stop, registry, console)
-        plot_loss(config.output)
-        if stop:
+        if run.processes.is_first:
+            plot_loss(config.output)
+        if stop.agree(run.processes.gather):
             saved = "the state is saved. The same command goes on from there." if done else "nothing was saved."
             console.print(f"interrupted after step {done}; {saved}")
             return RunResult(done, None, stop.exit_code)
@@ -101,16 +122,14 @@ def finished_before(run: Run, done: int, export: Path, console: Console) -> RunR
 def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, console: Console) -> int:
     """Steps `done` to the end, or to the stop request. Returns the steps done, the last of which is saved: always
     where a signal stopped the run, at its end where it keeps checkpoints at all."""
-    total, config = run.schedule.total_steps, run.config
+    total, config, gather = run.schedule.total_steps, run.config, run.processes.gather
     saved, shown = done, done > 0
     timed_steps = _timed(iter(run.loader))
     with ExitStack() as stack:
-        log = stack.enter_context(closing(MetricsLog(config.output, done)))
-        trackers = [stack.enter_context(closing(t)) for t in build_trackers(config, registry)]
-        bar = stack.enter_context(report.progress_bar(console, total, done, config.output.name))
+        record = stack.enter_context(recording(run, registry, console, done))
         backend = run.hardware.backend
         profiler = stack.enter_context(closing(StepProfiler(backend, config.output, config.log.profile_steps)))
-        while done < total and not stop:
+        while done < total and not stop.agree(gather):
             start = time.perf_counter()
             step, data_seconds = next(timed_steps)
             done += 1
@@ -120,18 +139,15 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
                 shown = True
                 report.print_first_sample(run, step, console)
             profiler.before(done)
-            result = run.engine.step(step.batches, run.schedule.scale(done - 1))
+            result = run.engine.step(step.batches, run.schedule.scale(done - 1), step.labelled)
             profiler.after(done)
             if done % config.log.every_steps == 0 or done == total:
-                metrics = measure(run, step, result, done, data_seconds, time.perf_counter() - start)
-                log.log(metrics)
-                track(trackers, metrics)
-                bar.update(metrics)
+                record(measure(run, step, result, done, data_seconds, time.perf_counter() - start))
             if is_due(config.checkpoint.every_steps, done):
                 resume.save(run, done)
                 saved = done
         # After the loop, not in it: a signal may come between any look at `stop` and the next.
-        if saved < done and (stop or config.checkpoint.every_steps is not None):
+        if saved < done and (stop.agree(gather) or config.checkpoint.every_steps is not None):
             resume.save(run, done)
     return done
 
@@ -176,18 +192,6 @@ def export_run(run: Run, folder: Path) -> None:
         folder,
         dtype=run.engine.model.compute_dtype,
     )
-
-
-def build_trackers(config: RunConfig, registry: Registry) -> list[Tracker]:
-    """The trackers that the config names."""
-    return [registry.load("tracker", name)(config.output) for name in config.log.trackers]
-
-
-def track(trackers: Sequence[Tracker], metrics: StepMetrics) -> None:
-    """Pass a step's finite numbers on."""
-    numbers = {k: float(v) for k, v in asdict(metrics).items() if v is not None and math.isfinite(v)}
-    for tracker in trackers:
-        tracker.log(metrics.step, numbers)
 
 
 def is_due(every: int | None, done: int) -> bool:

@@ -78,7 +78,7 @@ def print_first_sample(run: Run, step: Step, console: Console) -> None:
     console.print(Panel(text, title=Text(f"first sample, {batch.ids[0]}; ⟦supervised⟧"), title_align="left"))
     counts = step.counts
     console.print(
-        f"first step: {counts.samples} samples in {len(step.batches)} micro-batches, {counts.text_tokens} text, "
+        f"first step: {counts.samples} samples in {step.labelled.batches} micro-batches, {counts.text_tokens} text, "
         f"{counts.image_tokens} image, {counts.label_tokens} supervised, {counts.pad_tokens} padding tokens"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -174,7 +175,9 @@ def main() -> None:
     checks = [check for name, check in globals().items() if name.startswith("check_")]
     for check in checks:
         check()
-    print(f"rank {RANK} passed {len(checks)} checks", flush=True)
+    # In one write: print sends the text and the end of the line apart, and another rank may come between.
+    sys.stdout.write(f"rank {RANK} passed {len(checks)} checks\n")
+    sys.stdout.flush()
     dist.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ from llava_core.plugins import Registry
 from llava_core.testing.datasets import TinyParts, tiny_parts
 from llava_core.train import loop
 from llava_core.train.loop import train_model
-from llava_core.train.prepare import prepare
+from tests.unit.train.support import prepare_alone
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def run(parts: TinyParts, output: Path, **sections: dict[str, Any]) -> loop.RunR
 def refusal(parts: TinyParts, output: Path, **sections: dict[str, Any]) -> str:
     """The message with which a run is refused; nothing was written."""
     with pytest.raises((ConfigError, WeightsError)) as raised:
-        prepare(build_config(settings(parts, output, **sections)), Registry.discover())
+        prepare_alone(build_config(settings(parts, output, **sections)), Registry.discover())
     assert not output.exists()
     return str(raised.value)
 

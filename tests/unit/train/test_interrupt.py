@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from llava_core.data.share import alone
 from llava_core.testing.datasets import TinyParts
 from llava_core.train import resume
 from llava_core.train.interrupt import StopRequest, stop_on_signals
@@ -21,20 +23,26 @@ class StopAtLook(StopRequest):
         super().__init__()
         self.looks_left = look
 
-    def __bool__(self) -> bool:
+    def agree(self, gather: Callable[[int], list[int]]) -> bool:
         self.looks_left -= 1
         if self.looks_left <= 0:
             self.signal = signal.SIGTERM
-        return super().__bool__()
+        return super().agree(gather)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_a_request(number: signal.Signals, code: int) -> None:
     with stop_on_signals() as stop:
-        assert not stop
+        assert not stop.agree(alone)
         os.kill(os.getpid(), number)
-        assert stop
+        assert stop.agree(alone)
         assert stop.exit_code == code
+
+
+def test_a_signal_to_one_process_stops_all() -> None:
+    other = StopRequest()
+    assert other.agree(lambda own: [own, int(signal.SIGTERM)])
+    assert other.exit_code == 143
 
 
 def test_the_first_signal_decides_the_exit_code() -> None:

@@ -18,8 +18,8 @@ from llava_core.errors import ConfigError, PluginError
 from llava_core.plugins import Registry
 from llava_core.testing.datasets import TinyParts
 from llava_core.train.loop import is_due, train_model
-from llava_core.train.prepare import Run, build_schedule, prepare
-from tests.unit.train.support import metrics_rows, quiet, tiny_run, tiny_settings
+from llava_core.train.prepare import Run, build_schedule
+from tests.unit.train.support import metrics_rows, prepare_alone, quiet, tiny_run, tiny_settings
 
 
 @pytest.mark.device
@@ -63,7 +63,7 @@ def test_the_steps_asked_for_are_recorded(parts: TinyParts, tmp_path: Path) -> N
 def test_steps_that_the_run_does_not_have_cannot_be_recorded(parts: TinyParts, tmp_path: Path) -> None:
     config = build_config(tiny_settings(parts, tmp_path / "run", "log.profile_steps=[6,7]"))
     with pytest.raises(ConfigError, match=r"profile_steps = \[6, 7\]: the run has only 6 steps"):
-        prepare(config, Registry.discover())
+        prepare_alone(config, Registry.discover())
 
 
 def test_what_is_due() -> None:
@@ -82,7 +82,7 @@ def test_paths_that_are_not_there_are_all_named_before_anything_is_loaded(parts:
     changes = ("model.vision=/nowhere/a", "model.language=/nowhere/b", "data.path=/nowhere/c", "data.images=/nowhere/d")
     config = build_config(tiny_settings(parts, tmp_path / "run", *changes, "log.trackers=[tensorboard]"))
     with pytest.raises(ConfigError) as raised:
-        prepare(config, NothingLoads.discover())
+        prepare_alone(config, NothingLoads.discover())
     named = [line.split(" = ")[0].strip() for line in str(raised.value).splitlines()[1:]]
     assert named == ["model.vision", "model.language", "data.path", "data.images"]
     assert not (tmp_path / "run").exists()

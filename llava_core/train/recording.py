@@ -1,0 +1,48 @@
+"""Where each step's numbers go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+
+from rich.console import Console
+
+from llava_core.config import RunConfig
+from llava_core.plugins import Registry
+from llava_core.train import report
+from llava_core.train.metrics import MetricsLog, StepMetrics, Tracker
+from llava_core.train.prepare import Run
+
+
+@contextmanager
+def recording(run: Run, registry: Registry, console: Console, done: int) -> Iterator[Callable[[StepMetrics], None]]:
+    """What takes each step's numbers: metrics.jsonl, the trackers and the bar of the first process."""
+    if not run.processes.is_first:
+        yield lambda _: None
+        return
+    config, total = run.config, run.schedule.total_steps
+    with ExitStack() as stack:
+        log = stack.enter_context(closing(MetricsLog(config.output, done)))
+        trackers = [stack.enter_context(closing(t)) for t in build_trackers(config, registry)]
+        bar = stack.enter_context(report.progress_bar(console, total, done, config.output.name))
+
+        def record(metrics: StepMetrics) -> None:
+            log.log(metrics)
+            track(trackers, metrics)
+            bar.update(metrics)
+
+        yield record
+
+
+def build_trackers(config: RunConfig, registry: Registry) -> list[Tracker]:
+    """The trackers that the config names."""
+    return [registry.load("tracker", name)(config.output) for name in config.log.trackers]
+
+
+def track(trackers: Sequence[Tracker], metrics: StepMetrics) -> None:
+    """Pass a step's finite numbers on."""
+    numbers = {k: float(v) for k, v in asdict(metrics).items() if v is not None and math.isfinite(v)}
+    for tracker in trackers:
+        tracker.log(metrics.step, numbers)
