@@ -68,9 +68,9 @@ def check_tensor(spec: ModelSpec, size: int) -> None:
 def shard_tensors(model: Llava, mesh: DeviceMesh, *, sequence: bool) -> None:
     """Divide the language model's parameters over `mesh`, in place, and have its modules compute with their shards.
 
-    The layers that the model has now are what is divided: of a pipeline, those of this stage. Activations that enter
-    and leave them are whole. Parameters may be on the meta device; what is set in their place later must be DTensors of
-    the same placement.
+    What the model has now is divided: of a pipeline, the parts of this stage. Activations that enter and leave its
+    layers are whole. It must be known what learns (`train_only`). Parameters may be on the meta device; what is set in
+    their place later must be DTensors of the same placement.
 
     Args:
         mesh: of one axis, within which each process gets the same batches.
@@ -79,11 +79,13 @@ def shard_tensors(model: Llava, mesh: DeviceMesh, *, sequence: bool) -> None:
     check_tensor(model.spec, mesh.size())
     language = model.language_model
     decoder = language.model
-    decoder.embed_tokens = VocabularyEmbedding.of(decoder.embed_tokens, mesh)
-    if not decoder.spec.tied_embeddings:
+    if _has(decoder, "embed_tokens"):
+        decoder.embed_tokens = VocabularyEmbedding.of(decoder.embed_tokens, mesh)
+    if _has(language, "lm_head"):
         language.lm_head = ShardedLinear.of(language.lm_head, mesh, OUTPUTS)
-    decoder.norm = ReplicatedNorm.of(decoder.norm, mesh, split=False)
-    layers: list[Any] = list(decoder.layers)
+    if _has(decoder, "norm"):
+        decoder.norm = ReplicatedNorm.of(decoder.norm, mesh, split=False)
+    layers: list[Any] = list(decoder.layers.children())
     split = [sequence and layer is not layers[-1] for layer in layers]
     for layer, is_split in zip(layers, split, strict=True):
         _shard_layer(layer, mesh, split=is_split)
@@ -91,9 +93,14 @@ def shard_tensors(model: Llava, mesh: DeviceMesh, *, sequence: bool) -> None:
         layers[0].register_forward_pre_hook(_Residual(mesh).divide)
         layers[-1].register_forward_pre_hook(_Residual(mesh).restore)
     model.ops = replace(model.ops, linear_cross_entropy=VocabularyLoss(mesh))
-    if model.spec.vision is not None and not any(p.requires_grad for p in model.vision_tower.parameters()):
+    if _has(model, "vision_tower") and not any(p.requires_grad for p in model.vision_tower.parameters()):
         model.vision_tower.register_forward_pre_hook(_Images(mesh).divide)
         model.vision_tower.register_forward_hook(_Images(mesh).restore)
+
+
+def _has(module: nn.Module, child: str) -> bool:
+    """Whether a part is there: one that the model does not have, or another stage of a pipeline has, is not."""
+    return child in dict(module.named_children())
 
 
 def _shard_layer(layer: DecoderLayer, mesh: DeviceMesh, *, split: bool) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llava_core.backend import OpSet
+from llava_core.backend import MaskSpec, OpSet
 from llava_core.data.batch import Batch
 from llava_core.engine.layout import Layout
 from llava_core.engine.mesh import Mesh
@@ -322,6 +322,25 @@ def test_a_model_without_memory_is_divided_too() -> None:
         assert placements[layer + "input_layernorm.weight"] == Replicate()
         assert placements["language_model.model.embed_tokens.weight"] == Shard(0)
         assert all(name.startswith("language_model.") for name in placements)
+
+
+def through_last_stage(size: int = 1) -> tuple[Tensor, Tensor]:
+    """What the last two layers make of a stream, and the gradient that they give it."""
+    model = build("llava", STAGE_2)
+    decoder = model.language_model.model
+    decoder.embed_tokens, decoder.layers = None, decoder.layers[1:]
+    if size > 1:
+        shard_tensors(model, tensor_mesh(size), sequence=True)
+    x = torch.randn(1, 45, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = decoder(x, torch.arange(45)[None], MaskSpec.dense(causal=True))
+    out.square().sum().backward()
+    return out.detach(), x.grad
+
+
+def test_a_stage_takes_and_gives_whole_activations() -> None:
+    expected = through_last_stage()
+    for found in run_processes(4, through_last_stage, 4):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def names_and_memory(size: int) -> tuple[list[str], dict[str, int]]:
