@@ -226,3 +226,13 @@ def test_boxes_of_any_two_cuts_overlap_as_index_sets_do() -> None:
         ]
         overlap = one.overlap(other)
         assert (overlap.num_values if overlap else 0) == len(cells[0] & cells[1])
+
+
+def test_a_tensor_that_one_process_has_alone_is_saved(tmp_path: Path) -> None:
+    def save(process: Processes) -> Path:
+        own = {f"stage {process.rank}": Part(torch.tensor(process.rank), (), ())}
+        return save_state(tmp_path, 1, own, {}, keep=None, processes=process)
+
+    together(2, save)
+    loaded = open_checkpoint(tmp_path / "step-00000001")
+    assert {name: int(loaded.read(name)) for name in loaded.tensors} == {"stage 0": 0, "stage 1": 1}
