@@ -28,12 +28,20 @@ def agree(processes: Processes, work: Callable[[], T]) -> list[T]:
         processes.gather((None, f"{type(error).__name__}: {error}"))  # the others would wait for it
         raise
     outcomes: list[tuple[Any, str | None]] = processes.gather(outcome)
-    reasons = {rank: reason for rank, (_, reason) in enumerate(outcomes) if reason is not None}
-    if reasons and processes.size > 1:
-        raise CheckpointError("; ".join(f"process {rank}: {reason}" for rank, reason in reasons.items())) from cause
+    reasons: dict[str, list[int]] = {}
+    for rank, (_, reason) in enumerate(outcomes):
+        if reason is not None:
+            reasons.setdefault(reason, []).append(rank)
     if reasons:
-        raise CheckpointError(reasons[0]) from cause
+        raise CheckpointError("; ".join(_told(*found, processes.size) for found in reasons.items())) from cause
     return [result for result, _ in outcomes]
+
+
+def _told(reason: str, ranks: list[int], size: int) -> str:
+    """A reason, and whose it is where it is not everyone's."""
+    if len(ranks) == size:
+        return reason
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {reason}"
 
 
 def by_first(processes: Processes, work: Callable[[], T]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from llava_core.engine.parts import local_parts
 from llava_core.errors import CheckpointError
+from llava_core.train.agreement import agree
 from llava_core.train.checkpoint import open_newest, save_state
 from llava_core.train.prepare import Run
+from llava_core.train.stored import Checkpoint
 
 FREE_TO_CHANGE = (
     "output",
@@ -88,12 +91,16 @@ def resume(run: Run) -> tuple[int, list[str]]:
                 "no checkpoint is sound; to start afresh name another output folder.\n" + "\n".join(notes)
             )
         return 0, []
-    _check_same_run(loaded.state, run, folder)
-    run.engine.load_state(loaded, loaded.state["engine"])
-    run.loader.load_state_dict(loaded.state["loader"])
+    agree(run.processes, partial(_restore, run, loaded))
     notes.append(f"resumed after step {loaded.step} from {folder}")
     notes += _differences(loaded.state["environment"], run)
     return loaded.step, notes
+
+
+def _restore(run: Run, saved: Checkpoint) -> None:
+    _check_same_run(saved.state, run, saved.path.parent)
+    run.engine.load_state(saved, saved.state["engine"])
+    run.loader.load_state_dict(saved.state["loader"])
 
 
 def _differences(environment: Mapping[str, Any], run: Run) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from llava_core.engine.parts import Part, Region, tiles
 from llava_core.engine.processes import Processes
 from llava_core.errors import CheckpointError
+from llava_core.train.agreement import agree
 from llava_core.train.checkpoint import open_checkpoint, open_newest, save_state
 from llava_core.train.durable import file_digest
 
@@ -236,3 +237,19 @@ def test_a_tensor_that_one_process_has_alone_is_saved(tmp_path: Path) -> None:
     together(2, save)
     loaded = open_checkpoint(tmp_path / "step-00000001")
     assert {name: int(loaded.read(name)) for name in loaded.tensors} == {"stage 0": 0, "stage 1": 1}
+
+
+def test_a_reason_is_told_once_with_all_whose_it_is() -> None:
+    def fail(reasons: str) -> list[str]:
+        def work(process: Processes) -> None:
+            def refuse() -> None:
+                raise CheckpointError(reasons[process.rank])
+
+            agree(process, refuse if reasons[process.rank] != "-" else lambda: None)
+
+        return [str(error) for error in together(len(reasons), work)]
+
+    assert fail("x") == ["x"]
+    assert fail("xxx") == ["x"] * 3
+    assert fail("-x-x") == ["processes 1, 3: x"] * 4
+    assert fail("x-y") == ["process 0: x; process 2: y"] * 3
