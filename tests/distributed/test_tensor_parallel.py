@@ -1,7 +1,8 @@
 """Processes that share each matrix train as one process does.
 
-Tolerances: fp32, and the only difference is in the order of sums over columns, heads and words. Of 36 runs the worst
-loss was off by 2e-7, the worst gradient by 2e-6 of its largest value.
+Tolerances: fp32, and the only difference is in the order of sums over columns, heads and words. Of the runs below the
+worst loss is off by 2e-7, the worst gradient by 2e-6 of its largest value, and over four steps the worst loss or norm
+by 3e-7.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ def check_training(name: str, layout: Layout, *options: bool) -> None:
     expected, weights = train(name, Layout(), False, *options[1:])
     assert expected[0][1] > 0.5, "nothing would be clipped"
     for history, found in run_processes(layout.world_size, train, name, layout, *options):
-        assert history == [pytest.approx(step, rel=2e-6) for step in expected]
+        assert history == [pytest.approx(step, rel=LOSS_ERROR) for step in expected]
         assert found.keys() == weights.keys()
         # AdamW divides each gradient by its own size, and of one near zero it makes a step of mere rounding: a few
         # values differ by a hundredth of a step, which is 4e-6 of the norm of the worst tensor.
