@@ -19,6 +19,7 @@ from llava_core.engine.torch_engine import StepResult
 from llava_core.errors import ConfigError, LlavaError
 from llava_core.plugins import Registry
 from llava_core.train import report, resume
+from llava_core.train.agreement import agree
 from llava_core.train.flops import step_flops
 from llava_core.train.interrupt import StopRequest, stop_on_signals
 from llava_core.train.metrics import StepMetrics
@@ -95,7 +96,7 @@ def train_prepared(run: Run, registry: Registry, console: Console) -> RunResult:
             return RunResult(done, None, stop.exit_code)
         # A signal that comes now finds the training done: what is left is finished, so that nothing is lost.
         try:
-            export_run(run, export)
+            agree(run.processes, lambda: export_run(run, export))
         except (OSError, LlavaError):
             if config.checkpoint.every_steps is None:
                 resume.save(run, done)  # what was learnt must not be lost with the export
@@ -191,6 +192,7 @@ def export_run(run: Run, folder: Path) -> None:
         run.template,
         folder,
         dtype=run.engine.model.compute_dtype,
+        writes=run.processes.is_first,
     )
 
 

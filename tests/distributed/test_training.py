@@ -1,0 +1,110 @@
+"""Whole runs on several processes, forked from the test: the same losses as on one, whatever stops and resumes them."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import distributed
+
+from llava_core.config import build_config
+from llava_core.engine.processes import Processes
+from llava_core.plugins import Registry
+from llava_core.testing.datasets import TinyParts, tiny_parts
+from llava_core.train import loop, resume
+from llava_core.train.interrupt import StopRequest
+from llava_core.train.prepare import open_run, prepare
+from tests.distributed.processes import run_processes
+from tests.unit.train.support import tiny_settings
+
+TOLERANCE = 1e-5
+"""Relative, in fp32: sums in another order, through the updates of six steps."""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
+    return tiny_parts(tmp_path_factory.mktemp("parts"))
+
+
+def train(settings: dict[str, Any]) -> int:
+    """A run on the processes that this one has joined already."""
+    size = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank = distributed.get_rank() if size > 1 else 0
+    processes, registry = Processes(rank, size, rank, size), Registry.discover()
+    config = build_config(settings)
+    run = prepare(config, registry, open_run(config, registry, processes), processes)
+    return loop.train_prepared(run, registry, Console(quiet=True)).steps
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+SAME = ("step", "lr", "epoch", "samples", "text_tokens", "image_tokens", "label_tokens", "skipped")
+
+
+def assert_same_numbers(found: Path, expected: Path) -> None:
+    for row, wanted in zip(rows(found), rows(expected), strict=True):
+        assert {key: row[key] for key in SAME} == {key: wanted[key] for key in SAME}
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=TOLERANCE)
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [
+        (2, ()),
+        (3, ("parallel.data=grad",)),
+        (4, ("parallel.replicas=2",)),
+        (2, ("parallel.data=replicate", "batch.micro_tokens=null", "batch.micro_size=2")),
+        (2, ("data.order=modality_length",)),
+        (2, ("data.num_workers=1",)),
+    ],
+)
+def test_the_numbers_are_those_of_one_process(
+    size: int, overrides: tuple[str, ...], parts: TinyParts, tmp_path: Path
+) -> None:
+    train(tiny_settings(parts, tmp_path / "one", *(o for o in overrides if not o.startswith("parallel"))))
+    spread = tiny_settings(parts, tmp_path / "many", *overrides)
+    assert run_processes(size, train, spread) == [6] * size
+    assert_same_numbers(tmp_path / "many", tmp_path / "one")
+
+
+def test_a_run_stopped_on_one_layout_goes_on_on_another(parts: TinyParts, tmp_path: Path) -> None:
+    """Three processes, then one, then two; each takes up the state of the one before."""
+    train(tiny_settings(parts, tmp_path / "one"))
+    output = tmp_path / "many"
+    assert run_processes(3, train_two_steps, tiny_settings(parts, output)) == [2] * 3
+    assert train_two_steps(tiny_settings(parts, output)) == 4
+    replicas = tiny_settings(parts, output, "parallel.data=replicate")
+    assert run_processes(2, train_two_steps, replicas) == [6] * 2
+    assert_same_numbers(output, tmp_path / "one")
+
+
+class StopAfter(StopRequest):
+    """A signal that comes after so many steps of this start."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.looks_left = steps + 1
+
+    def agree(self, gather: Callable[[int], list[int]]) -> bool:
+        self.looks_left -= 1
+        self.signal = signal.SIGTERM if self.looks_left <= 0 else None
+        return super().agree(gather)
+
+
+def train_two_steps(settings: dict[str, Any]) -> int:
+    """`train`, stopped by a signal after two steps; the steps done since the run began."""
+    size = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank = distributed.get_rank() if size > 1 else 0
+    processes, registry = Processes(rank, size, rank, size), Registry.discover()
+    config = build_config(settings)
+    run = prepare(config, registry, open_run(config, registry, processes), processes)
+    done, _ = resume.resume(run)
+    return loop.run_steps(run, done, StopAfter(2), registry, Console(quiet=True))
