@@ -212,8 +212,10 @@ class BackendConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How a run is spread over its processes. Of one process nothing here matters."""
+    """How a run is spread over its processes: what `tensor` leaves of them is data parallel."""
 
+    tensor: PositiveInt = Field(1, description="so many processes share each matrix of the language model")
+    sequence: bool = Field(True, description="with tensor above 1: its norms and residuals are split by tokens, too")
     data: Literal["full", "grad", "replicate"] = Field(
         "full",
         description="what data-parallel processes share: weights, gradients and optimizer state; all but the weights "

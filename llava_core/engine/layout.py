@@ -52,12 +52,22 @@ class Layout:
         Raises:
             ConfigError: the processes do not divide so.
         """
-        if config.replicas is None:
-            replicate, shard = (world_size, 1) if config.data == "replicate" else (1, world_size)
-            return cls(replicate=replicate, shard=shard)
-        if world_size % config.replicas:
-            raise ConfigError(
-                f"parallel.replicas = {config.replicas}: {world_size} processes do not divide into so many groups of "
-                f"one size; take a divisor of {world_size}."
-            )
-        return cls(replicate=config.replicas, shard=world_size // config.replicas)
+        left = divide("tensor", config.tensor, world_size)
+        if config.data == "replicate":
+            return cls(replicate=left, tensor=config.tensor)
+        replicas = config.replicas or 1
+        return cls(replicate=replicas, shard=divide("replicas", replicas, left), tensor=config.tensor)
+
+
+def divide(key: str, size: int, processes: int) -> int:
+    """How many groups of `size` the processes make.
+
+    Raises:
+        ConfigError: some would be left over.
+    """
+    if processes % size:
+        raise ConfigError(
+            f"parallel.{key} = {size}: {processes} processes do not divide by it; take a divisor of {processes}, or "
+            "start another number of processes."
+        )
+    return processes // size

@@ -20,12 +20,14 @@ class Use:
     Attributes:
         trainable: the parts that learn; empty for inference, which also decodes with a cache.
         max_length: tokens of the longest sequence.
+        tensor: processes that share the decoder's heads.
     """
 
     dtype: torch.dtype
     trainable: frozenset[str]
     max_length: int
     deterministic: bool
+    tensor: int = 1
 
 
 def build_ops(
@@ -46,8 +48,8 @@ def requests(spec: ModelSpec, use: Use) -> list[OpRequest]:
     facts: dict[str, dict[str, Any]] = {site: {} for site in SITES}
     facts["attention"] = {
         "head_dim": spec.text.head_dim,
-        "num_heads": spec.text.num_heads,
-        "num_kv_heads": spec.text.num_kv_heads,
+        "num_heads": spec.text.num_heads // use.tensor,
+        "num_kv_heads": spec.text.num_kv_heads // use.tensor,
         "masks": _decoder_masks(spec.text, decoding=not use.trainable),
         "max_length": use.max_length,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -46,6 +47,8 @@ def shard_data(model: Llava, mesh: Mesh, sharding: Sharding) -> None:
     precision = MixedPrecisionPolicy(
         param_dtype=model.compute_dtype, reduce_dtype=sharding.reduce_dtype, cast_forward_inputs=False
     )
+    # It warns of in-place changes to what a unit returns, where that is a view; no module here changes its input.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     axes = mesh.devices["dp_shard"] if mesh.layout.replicate == 1 else mesh.devices["dp_replicate", "dp_shard"]
     # For the root, which is used first and last, torch's own choice is to keep the weights.
     free = False if sharding.keep_weights else None

@@ -16,6 +16,7 @@ from llava_core.engine.hardware import Hardware
 from llava_core.engine.loss import LossMode, label_weights
 from llava_core.engine.loss_scale import LossScale
 from llava_core.engine.mesh import Mesh
+from llava_core.engine.norm import clip_gradients, global_norm
 from llava_core.engine.optimizer import build_optimizer, parameter_groups
 from llava_core.engine.shard import sum_gradients_now
 from llava_core.engine.state import Stored, collect, restore
@@ -137,9 +138,10 @@ class TorchEngine:
 
     def _clip(self) -> Tensor:
         parameters = list(self.trained.values())
-        if self.clip_norm is None:
-            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        norm = global_norm(parameters, self.hardware.device)
+        if self.clip_norm is not None:
+            clip_gradients(parameters, norm, self.clip_norm)
+        return norm
 
     def _describe_failure(self, result: StepResult, batches: Sequence[Batch]) -> str:
         ids = self._of_all_processes(self._non_finite_samples(batches))

@@ -22,6 +22,7 @@ from llava_core.engine.mesh import Mesh
 from llava_core.engine.opset import Use, build_ops
 from llava_core.engine.processes import Processes
 from llava_core.engine.shard import Sharding, part_of, shard_data
+from llava_core.engine.tensor import check_tensor, shard_tensors
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
 from llava_core.errors import ConfigError
 from llava_core.model.llava import Llava
@@ -94,8 +95,9 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     seed_everything(config.train.seed, hardware)
     source = open_source(config.model)
     trainable = check_trainable(config, source.spec)
+    check_tensor(source.spec, config.parallel.tensor)
     check_data_settings(config, source.spec)
-    use = Use(dtype, trainable, config.data.max_length, config.train.deterministic)
+    use = Use(dtype, trainable, config.data.max_length, config.train.deterministic, config.parallel.tensor)
     ops, selections = build_ops(source.spec, hardware.backend, use, config.backend.kernels)
     if config.train.compile:
         ops = outside_compiled_graphs(ops)
@@ -137,6 +139,8 @@ def arrange(model: Llava, *, config: RunConfig, mesh: Mesh | None) -> None:
         for layer in decoder.layers:
             layer.compile(dynamic=True)
     if mesh is not None:
+        if mesh.layout.tensor > 1:
+            shard_tensors(model, mesh.devices["tp"], sequence=config.parallel.sequence)
         shard_data(model, mesh, Sharding.of(config.parallel.data, config.parallel.reduce_dtype))
 
 

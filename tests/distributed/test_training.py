@@ -64,6 +64,8 @@ def assert_same_numbers(found: Path, expected: Path) -> None:
         (2, ("parallel.data=replicate", "batch.micro_tokens=null", "batch.micro_size=2")),
         (2, ("data.order=modality_length",)),
         (2, ("data.num_workers=1",)),
+        (2, ("parallel.tensor=2",)),
+        (4, ("parallel.tensor=2", "parallel.sequence=false")),
     ],
 )
 def test_the_numbers_are_those_of_one_process(
