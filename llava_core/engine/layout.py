@@ -45,6 +45,10 @@ class Layout:
         """Processes, or groups of them, that each take samples of their own."""
         return self.replicate * self.shard
 
+    def __str__(self) -> str:
+        names = zip(("pipeline", "replicate", "shard", "context", "tensor"), self.sizes, strict=True)
+        return " x ".join(f"{name} {size}" for name, size in names if size > 1) or "one process"
+
     @classmethod
     def of(cls, config: ParallelConfig, world_size: int) -> Layout:
         """The layout of a config: what the other axes leave is data parallel.

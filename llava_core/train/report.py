@@ -25,6 +25,8 @@ def print_plan(run: Run, console: Console) -> None:
     model, hardware = run.engine.model, run.hardware
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("backend", f"{hardware.backend.name}, {hardware.device_name}")
+    if run.engine.mesh is not None:
+        table.add_row("processes", f"{run.processes.size}: {run.engine.mesh.layout}")
     table.add_row("precision", str(model.compute_dtype).removeprefix("torch."))
     table.add_row("host threads", str(torch.get_num_threads()))
     for part, prefix in PARTS.items():
