@@ -29,6 +29,10 @@ ROLL_SECONDS = 3.0
 """They lose the same process at the same time, save for the work between two exchanges."""
 
 
+ALL_LEAVE, LOST = "all-leave", "lost"
+"""Keys that say that every process is done, and that one has lost others."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run.
@@ -89,6 +93,7 @@ class Processes:
             if not is_about_peers(error):
                 raise
             raise roll.missing(error) from error
+        roll.leave_together(timeout)
         distributed.destroy_process_group()
 
     def gather(self, value: T) -> list[T]:
@@ -108,6 +113,17 @@ class RollCall:
         self._store = distributed.PrefixStore("roll", store)
         self._store.set(f"host/{processes.rank}", socket.gethostname())
 
+    def leave_together(self, timeout: timedelta) -> None:
+        """Waits until every process is done: who leaves first cuts off those that still read its last message."""
+        end = time.monotonic() + timeout.total_seconds()
+        try:
+            if self._store.add("leaving", 1) == self._processes.size:
+                self._store.set(ALL_LEAVE, "1")
+            while not (self._store.check([ALL_LEAVE]) or self._store.check([LOST])) and time.monotonic() < end:
+                time.sleep(0.02)
+        except distributed.DistError:
+            return  # whoever holds the store has left, which it does when all are done
+
     def missing(self, error: RuntimeError) -> TrainingError:
         """The error that names whoever does not sign within ROLL_SECONDS."""
         try:
@@ -122,6 +138,7 @@ class RollCall:
         )
 
     def _await_others(self) -> list[str]:
+        self._store.set(LOST, "1")
         self._store.set(f"here/{self._processes.rank}", "1")
         end = time.monotonic() + ROLL_SECONDS
         absent = [rank for rank in range(self._processes.size) if rank != self._processes.rank]
