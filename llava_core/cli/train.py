@@ -17,6 +17,18 @@ def train(
     backend: BackendOption = None,
     output: Annotated[str | None, typer.Option(metavar="FOLDER", help="The run's folder; short for output=…")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print every setting and stop.")] = False,
+    nproc: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="Processes on this machine; auto: one per device. [default: 1]")
+    ] = None,
+    nnodes: Annotated[int | None, typer.Option(metavar="N", help="Machines; start this on each. [default: 1]")] = None,
+    node_rank: Annotated[int | None, typer.Option(metavar="N", help="Which of them this is, from 0.")] = None,
+    master_addr: Annotated[str | None, typer.Option(metavar="HOST", help="Machine 0, as the others reach it.")] = None,
+    master_port: Annotated[
+        int | None, typer.Option(metavar="PORT", help="A free port of machine 0. [default: 29500]")
+    ] = None,
+    stop_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Asked to stop, several processes may save for so long.")
+    ] = 600,
 ) -> None:
     """Train a model. The same command goes on from the newest checkpoint if the run was interrupted."""
     from llava_core.config import load_config
@@ -27,9 +39,14 @@ def train(
         show_config(config, overrides or [], options)
         return
     checked = load_config(config, overrides or [], options=options)
-    from llava_core.train.loop import train_model
+    from llava_core.launch.plan import Flags
+    from llava_core.launch.start import start
 
-    raise typer.Exit(train_model(checked).exit_code)
+    flags = Flags(nproc, nnodes, node_rank, master_addr, master_port)
+    again = ["train", config, *(overrides or [])]
+    for option, text in (("--backend", backend), ("--output", output)):
+        again += [option, text] if text is not None else []
+    raise typer.Exit(start(checked, flags, again, stop_seconds=stop_timeout))
 
 
 def show_config(source: str, overrides: list[str], options: dict[str, str]) -> None:

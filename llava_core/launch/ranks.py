@@ -23,6 +23,9 @@ INTERRUPTED = (130, 143)
 KILL_SECONDS = 10
 """A process that hangs inside a device's driver does not end even when it is killed."""
 
+LAST_WORDS = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+"""A process that is killed or crashes has said all that it printed, and where it was."""
+
 PARENT = "LLAVA_CORE_LAUNCHER"
 """The launcher's process id, for its processes: see `end_with_launcher`."""
 
@@ -187,7 +190,7 @@ class LocalRanks:
             output = None if number == 0 else stack.enter_context(log.open("ab"))
             process = subprocess.Popen(
                 self._command,
-                env={**self._environment, **{name: str(value) for name, value in added.items()}},
+                env={**LAST_WORDS, **self._environment, **{name: str(value) for name, value in added.items()}},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -112,6 +112,16 @@ fail("error: lost a peer")
     assert world.alive() == []
 
 
+def test_a_crash_keeps_what_was_printed_and_says_where(world: World) -> None:
+    machine = world.start('print("last words")\nif rank == 1:\n    os.abort()\n' + FOREVER, Plan(2))
+    assert machine.wait() == 1
+    assert "rank 1" in machine.printed
+    assert "was ended by SIGABRT" in machine.printed
+    log = (machine.logs / "rank-1.log").read_text()
+    assert "last words" in log
+    assert "program.py" in log
+
+
 def test_a_process_that_ignores_the_end_of_others_is_killed_with_its_children(world: World) -> None:
     program = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
