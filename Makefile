@@ -72,9 +72,10 @@ pytest() { OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist wor
 endef
 
 # The simulator's own tests, those of the rest that concern a device, and the conformance kit.
+# Compilers are looked for one by one: of several names, dash's `command -v` looks for the first alone.
 define run_npu_tests
 [ "$$(uname -s)" = Linux ] || { echo 'test-npu was not run: the simulator of an NPU needs Linux'; exit 0; }; \
-	command -v cc gcc clang >/dev/null || { echo 'test-npu was not run: the simulator needs gcc or clang'; exit 0; }; \
+	{ [ -n "$$CC" ] || command -v cc || command -v gcc || command -v clang; } >/dev/null || { echo 'test-npu was not run: the simulator needs gcc or clang'; exit 0; }; \
 	set -e; \
 	$(MAKE) --no-print-directory VENV=$(NPU_VENV) $(NPU_VENV)/.installed-npu; \
 	pytest() { $(ON_NPU) python -m pytest -q -n $(WORKERS) --dist worksteal "$$@" || [ $$? = 5 ]; }; \
