@@ -58,7 +58,8 @@ class TemplateBackend(Backend):
 
     @property
     def dist(self) -> DistSpec:
-        # VENDOR: your process group, and the dtypes that it sums exactly as PyTorch does.
+        # VENDOR: your process group, and the dtypes that it sums exactly as PyTorch does. What must be in a process's
+        # environment before it starts, override `launch_env` for.
         return DistSpec("gloo", frozenset({torch.float32, torch.bfloat16}))
 
     @property
@@ -79,6 +80,8 @@ class TemplateBackend(Backend):
     ) -> torch.optim.Optimizer:
         # VENDOR: your fused AdamW; or leave this method out, and PyTorch's plain one is used.
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+
+    # VENDOR: `log.profile_steps` records by torch.profiler; override `profiler` where that does not see your device.
 
     def check_config(self, config: object) -> list[ConfigProblem]:
         # VENDOR: each setting that cannot be honoured, so that it is refused before any weight is read.
