@@ -95,8 +95,9 @@ def sample_ends(packed: Any, num_tokens: int) -> Tensor:
     Raises:
         ValueError: they are not megatron's 0, …, T, equal for queries and keys, or something else is asked as well.
     """
-    bounds = [int(bound) for bound in packed.cu_seqlens_q]
-    keys = bounds if packed.cu_seqlens_kv is packed.cu_seqlens_q else [int(bound) for bound in packed.cu_seqlens_kv]
+    # Copied whole: read one by one on the device, each bound would be a wait of its own.
+    bounds = torch.as_tensor(packed.cu_seqlens_q).tolist()
+    keys = bounds if packed.cu_seqlens_kv is packed.cu_seqlens_q else torch.as_tensor(packed.cu_seqlens_kv).tolist()
     if bounds != keys or bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
         raise ValueError(
             f"packed_seq_params has cu_seqlens_q {bounds} and cu_seqlens_kv {keys}; expected both 0, …, {num_tokens}"
