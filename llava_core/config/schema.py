@@ -212,10 +212,13 @@ class BackendConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How a run is spread over its processes: what `tensor` leaves of them is data parallel."""
+    """How a run is spread over its processes: what `tensor` and `context` leave of them is data parallel."""
 
     tensor: PositiveInt = Field(1, description="so many processes share each matrix of the language model")
     sequence: bool = Field(True, description="with tensor above 1: its norms and residuals are split by tokens, too")
+    context: PositiveInt = Field(
+        1, description="so many processes share the tokens of each micro-batch, and weights as with `data`"
+    )
     data: Literal["full", "grad", "replicate"] = Field(
         "full",
         description="what data-parallel processes share: weights, gradients and optimizer state; all but the weights "

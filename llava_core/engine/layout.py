@@ -56,11 +56,10 @@ class Layout:
         Raises:
             ConfigError: the processes do not divide so.
         """
-        left = divide("tensor", config.tensor, world_size)
-        if config.data == "replicate":
-            return cls(replicate=left, tensor=config.tensor)
-        replicas = config.replicas or 1
-        return cls(replicate=replicas, shard=divide("replicas", replicas, left), tensor=config.tensor)
+        left = divide("context", config.context, divide("tensor", config.tensor, world_size))
+        replicas = left if config.data == "replicate" else config.replicas or 1
+        shard = divide("replicas", replicas, left)
+        return cls(replicate=replicas, shard=shard, context=config.context, tensor=config.tensor)
 
 
 def divide(key: str, size: int, processes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor, distributed
@@ -35,6 +36,20 @@ class Mesh:
     def data_index(self) -> int:
         """Which share of the samples this process takes."""
         return self.devices.get_local_rank("dp_replicate") * self.layout.shard + self.devices.get_local_rank("dp_shard")
+
+    @property
+    def weights(self) -> DeviceMesh:
+        """The axes over which parameters are shared, and their gradients summed: replicas, where there are any, and
+        shards, of which processes that share sequences have one each."""
+        shards = "dp_shard"
+        if self.layout.context > 1:
+            shards = "dp_shard_cp"
+            # There is no public way to make two axes one; torch's own documentation of it is this function's.
+            self.devices["dp_shard", "cp"]._flatten(shards)
+        # By name, which torch 2.13 has another, private way for; it warns, and older ones have no other.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Slicing a flattened dim")
+            return self.devices[shards] if self.layout.replicate == 1 else self.devices["dp_replicate", shards]
 
     def sum_over_samples(self, value: Tensor) -> None:
         """Add up a value, in place, over all processes with other tokens."""

@@ -21,6 +21,7 @@ class Use:
         trainable: the parts that learn; empty for inference, which also decodes with a cache.
         max_length: tokens of the longest sequence.
         tensor: processes that share the decoder's heads.
+        context: processes that share each sequence.
     """
 
     dtype: torch.dtype
@@ -28,6 +29,7 @@ class Use:
     max_length: int
     deterministic: bool
     tensor: int = 1
+    context: int = 1
 
 
 def build_ops(
@@ -50,7 +52,7 @@ def requests(spec: ModelSpec, use: Use) -> list[OpRequest]:
         "head_dim": spec.text.head_dim,
         "num_heads": spec.text.num_heads // use.tensor,
         "num_kv_heads": spec.text.num_kv_heads // use.tensor,
-        "masks": _decoder_masks(spec.text, decoding=not use.trainable),
+        "masks": _decoder_masks(spec.text, use),
         "max_length": use.max_length,
     }
     if spec.vision is None:
@@ -74,7 +76,9 @@ def _needs_grad(site: str, use: Use) -> bool:
     return "vision" in use.trainable if site == "vision_attention" else bool(use.trainable)
 
 
-def _decoder_masks(spec: TextSpec, *, decoding: bool) -> tuple[MaskFacts, ...]:
+def _decoder_masks(spec: TextSpec, use: Use) -> tuple[MaskFacts, ...]:
+    if use.context > 1:  # a process has some of a sample's queries, and all keys before them
+        return (MaskFacts(packed=False, causal=True, window=spec.sliding_window, unequal_lengths=True),)
     packed = MaskFacts(packed=True, causal=True, window=spec.sliding_window)
     cached = MaskFacts(packed=False, causal=True, window=spec.sliding_window, key_padding=True, unequal_lengths=True)
-    return (packed, cached) if decoding else (packed,)
+    return (packed,) if use.trainable else (packed, cached)

@@ -49,7 +49,7 @@ def shard_data(model: Llava, mesh: Mesh, sharding: Sharding) -> None:
     )
     # It warns of in-place changes to what a unit returns, where that is a view; no module here changes its input.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    axes = mesh.devices["dp_shard"] if mesh.layout.replicate == 1 else mesh.devices["dp_replicate", "dp_shard"]
+    axes = mesh.weights
     # For the root, which is used first and last, torch's own choice is to keep the weights.
     free = False if sharding.keep_weights else None
     for unit in (*units(model), model):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_core.data.batch import Batch, Labelled
+from llava_core.engine.context import own_labels
 from llava_core.engine.hardware import Hardware
 from llava_core.engine.loss import LossMode, label_weights
 from llava_core.engine.loss_scale import LossScale
@@ -129,6 +130,8 @@ class TorchEngine:
         weights_of = label_weights(self.loss, batches, labelled)
         for number, (batch, weights) in enumerate(zip(batches, weights_of, strict=True), 1):
             sum_gradients_now(self.model, number == len(batches))
+            if self.mesh is not None and self.mesh.layout.context > 1:
+                batch, weights = own_labels(batch, weights, self.mesh.devices["cp"])
             loss = self.model(batch.to(self.hardware.device), weights.to(self.hardware.device, non_blocking=True))
             (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
             total += loss.detach()

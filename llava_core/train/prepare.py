@@ -16,6 +16,7 @@ from llava_core.config.schema import ModelConfig
 from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import StepLoader
 from llava_core.data.templates import Template
+from llava_core.engine.context import share_sequences
 from llava_core.engine.hardware import Hardware, compute_dtype, open_hardware
 from llava_core.engine.layout import Layout
 from llava_core.engine.mesh import Mesh
@@ -97,7 +98,14 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     trainable = check_trainable(config, source.spec)
     check_tensor(source.spec, config.parallel.tensor)
     check_data_settings(config, source.spec)
-    use = Use(dtype, trainable, config.data.max_length, config.train.deterministic, config.parallel.tensor)
+    use = Use(
+        dtype,
+        trainable,
+        config.data.max_length,
+        config.train.deterministic,
+        config.parallel.tensor,
+        config.parallel.context,
+    )
     ops, selections = build_ops(source.spec, hardware.backend, use, config.backend.kernels)
     if config.train.compile:
         ops = outside_compiled_graphs(ops)
@@ -139,6 +147,8 @@ def arrange(model: Llava, *, config: RunConfig, mesh: Mesh | None) -> None:
         for layer in decoder.layers:
             layer.compile(dynamic=True)
     if mesh is not None:
+        if mesh.layout.context > 1:
+            share_sequences(model, mesh.devices["cp"])
         if mesh.layout.tensor > 1:
             shard_tensors(model, mesh.devices["tp"], sequence=config.parallel.sequence)
         shard_data(model, mesh, Sharding.of(config.parallel.data, config.parallel.reduce_dtype))

@@ -66,6 +66,9 @@ def assert_same_numbers(found: Path, expected: Path) -> None:
         (2, ("data.num_workers=1",)),
         (2, ("parallel.tensor=2",)),
         (4, ("parallel.tensor=2", "parallel.sequence=false")),
+        (2, ("parallel.context=2",)),
+        (4, ("parallel.context=2", "train.recompute=true")),
+        (4, ("parallel.context=2", "parallel.tensor=2")),
     ],
 )
 def test_the_numbers_are_those_of_one_process(
