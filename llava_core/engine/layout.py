@@ -41,6 +41,11 @@ class Layout:
         return prod(self.sizes)
 
     @property
+    def sharers(self) -> int:
+        """Processes that share the work of each sample."""
+        return self.pipeline * self.context * self.tensor
+
+    @property
     def data(self) -> int:
         """Processes, or groups of them, that each take samples of their own."""
         return self.replicate * self.shard

@@ -156,7 +156,8 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
 def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: float, seconds: float) -> StepMetrics:
     """The numbers of a step."""
     counts, backend = step.counts, run.hardware.backend
-    flops = step_flops(run.source.spec, run.config.train.trainable, step.batches) / seconds
+    sharers = run.engine.mesh.layout.sharers if run.engine.mesh is not None else 1
+    flops = step_flops(run.source.spec, run.config.train.trainable, step.batches) / seconds / sharers
     peak = backend.peak_flops.get(run.engine.model.compute_dtype)
     memory = backend.memory.peak_bytes()
     backend.memory.reset_peak()
