@@ -39,7 +39,9 @@ def train(parts: TinyParts, output: Path, *arguments: str) -> list[dict[str, Any
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",)], ids=["data", "tensor"])
+@pytest.mark.parametrize(
+    "overrides", [(), ("parallel.tensor=2",), ("parallel.context=2",)], ids=["data", "tensor", "context"]
+)
 def test_two_processes_have_the_numbers_of_one(
     overrides: tuple[str, ...], alone: list[dict[str, Any]], device: torch.device, parts: TinyParts, tmp_path: Path
 ) -> None:
