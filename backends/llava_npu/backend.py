@@ -93,7 +93,8 @@ class NpuBackend(Backend):
         """As the interface says; `threads` None leaves torch's own choice, for the NPU does the computing.
 
         Raises:
-            BackendUnavailable: no such device, or one that compiles each operator anew for each shape.
+            BackendUnavailable: no such device, or one that compiles each operator anew for each shape, or is told to
+                saturate where numbers overflow.
         """
         facts = probing.gather()
         reason = probing.reason_unavailable(facts)
@@ -111,6 +112,7 @@ class NpuBackend(Backend):
         device = torch.device("npu", local_rank)
         npu_module().set_device(device)
         use_built_operators()
+        require_infinity(devices.soc_name())
         return device
 
     def synchronize(self) -> None:
@@ -193,3 +195,17 @@ def use_built_operators() -> None:
             "torch_npu compiles operators for each shape although it was told not to: install CANN's operator "
             "package (the `kernels` package) for this chip."
         )
+
+
+def require_infinity(soc: str | None) -> None:
+    """That what overflows becomes infinity, where the chip can: a step is judged by whether its gradient is finite.
+
+    Raises:
+        BackendUnavailable: the environment asks torch_npu for saturation.
+    """
+    if soc is None or not devices.is_second_generation(soc) or npu_module().utils.is_support_inf_nan():
+        return
+    raise BackendUnavailable(
+        f"torch_npu is told to saturate on {soc}, so that neither the fp16 loss scale nor the check for non-finite "
+        "gradients would see an overflow: unset INF_NAN_MODE_ENABLE and INF_NAN_MODE_FORCE_DISABLE."
+    )

@@ -12,6 +12,7 @@ import torch
 
 from llava_core.errors import BackendUnavailable
 from llava_npu.backend import NpuBackend
+from llava_npu.devices import is_second_generation, soc_name
 
 pytestmark = pytest.mark.npu
 
@@ -62,6 +63,17 @@ def test_open_makes_the_device_current_and_keeps_fp32_exact(device: torch.device
 def test_a_rank_without_a_device_is_refused(backend: NpuBackend, device: torch.device) -> None:
     with pytest.raises(BackendUnavailable, match="local rank 99 needs device 99"):
         backend.open(99, threads=None, deterministic=False)
+
+
+def test_saturating_arithmetic_is_refused(device: torch.device) -> None:
+    if not is_second_generation(str(soc_name())):
+        pytest.skip("this chip always saturates, and computes in fp32 alone for that")
+    # torch_npu reads it once in a process.
+    program = "from llava_npu.backend import NpuBackend; NpuBackend().open(0, threads=1, deterministic=False)"
+    environment = {**os.environ, "INF_NAN_MODE_FORCE_DISABLE": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert "BackendUnavailable: torch_npu is told to saturate" in done.stderr
 
 
 def test_determinism_is_honoured(backend: NpuBackend, device: torch.device) -> None:
