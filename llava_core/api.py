@@ -26,7 +26,7 @@ def load_assistant(
     """A model that answers questions: a run's `hf` folder, any Hugging Face LLaVA, or a language model.
 
     Args:
-        backend: a registered backend; None takes the best accelerator available, else the CPU.
+        backend: a registered backend; None takes an accelerator that is available, else the CPU.
         precision: `auto`, `bf16`, `fp16` or `fp32`.
         threads: host threads for compute; None lets the backend choose.
         template: a registered template; None or `tokenizer` for the folder's own chat template.

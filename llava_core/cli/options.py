@@ -9,7 +9,7 @@ import typer
 
 BackendOption = Annotated[
     str | None,
-    typer.Option("--backend", help="A registered backend; by default the best accelerator available, else the CPU."),
+    typer.Option("--backend", help="A registered backend; by default an accelerator that is available, else the CPU."),
 ]
 PrecisionOption = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 TemplateOption = Annotated[

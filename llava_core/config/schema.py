@@ -205,7 +205,7 @@ class BackendConfig(Section):
     """The hardware."""
 
     name: str | None = Field(
-        None, description="a registered backend; null takes the best accelerator that is available"
+        None, description="a registered backend; null takes an accelerator that is available, else the CPU"
     )
     threads: PositiveInt | None = Field(None, description="host threads for compute; null lets the backend choose")
     kernels: dict[str, str] = Field(default_factory=dict, description="a kernel for a place in the model, by name")

@@ -117,7 +117,7 @@ def build_backend(name: str, registry: Registry) -> Backend:
 
 
 def choose_backend(name: str | None, registry: Registry) -> Backend:
-    """The backend of that name; without one, the first available accelerator, else the host.
+    """The backend of that name; without one, the first by name that drives an available accelerator, else the host.
 
     Raises:
         PluginError: no such backend, or a broken one.
@@ -125,7 +125,8 @@ def choose_backend(name: str | None, registry: Registry) -> Backend:
     """
     if name is None:
         available = [n for n, probe in probe_all(registry).items() if probe.available]
-        name = next((n for n in available if n != HOST), HOST)
+        # Other backends may drive the host, too: none is taken that was not asked for.
+        name = next((n for n in available if load_backend(n, registry).device_type != HOST), HOST)
     probe = probe_backend(name, registry)
     if not probe.available:
         raise BackendUnavailable(f"backend {name!r} cannot run here: {probe.reason}. `llava-core doctor` says more.")

@@ -12,7 +12,7 @@ from llava_core.testing.conformance.processes import answers, start
 from llava_core.testing.conformance.subject import Subject
 
 NAME = "patches.apply_and_undo"
-EXPLANATION = "a patch changes its target, and undone, or refused, leaves it and all beside it as they were"
+EXPLANATION = "a patch that applies changes its target, and undone leaves it and its class as they were"
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -41,7 +41,7 @@ def _check_patch(subject: Subject, patch: Patch) -> str:
             f"{patch.target}: its class was not left as it was, but changed in {', '.join(found['left'])}"
         )
     if found["refused"]:
-        raise CheckSkipped(f"refused: {found['refused']}")
+        raise CheckFailed(f"it says that it applies here, and then refuses: {found['refused']}")
     if not found["changed"]:
         raise CheckFailed(f"applying it does not change {patch.target}")
     return patch.target

@@ -95,6 +95,7 @@ def test_a_patch_that_is_undone_passes() -> None:
 
 
 @pytest.mark.slow
-def test_a_refusal_that_changes_nothing_is_a_skip_with_its_reason() -> None:
+def test_a_patch_that_says_it_applies_and_then_refuses_fails_with_its_reason() -> None:
     found = check(RefusingPatch())
-    assert (found.status, found.message) == (Status.SKIPPED, "refused: expected 41; found 40")
+    assert found.status is Status.FAILED
+    assert found.message == "it says that it applies here, and then refuses: expected 41; found 40"

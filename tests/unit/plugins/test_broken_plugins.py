@@ -210,6 +210,13 @@ def test_all_broken_ones_together_leave_the_host_to_be_chosen(install: Install) 
     assert choose_backend(None, Registry.discover()).name == "cpu"
 
 
+def test_without_a_name_no_other_backend_of_the_host_is_taken(install: Install) -> None:
+    install("acme", (HOOK + BACKEND).format(name="acme"))
+    registry = Registry.discover()
+    assert choose_backend("acme", registry).name == "acme"
+    assert choose_backend(None, registry).name == "cpu"
+
+
 def test_the_error_keeps_its_cause(install: Install) -> None:
     install("badprobe", BROKEN["badprobe"].source)
     with pytest.raises(PluginError) as caught:
