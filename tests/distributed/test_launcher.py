@@ -94,6 +94,7 @@ def test_an_error_that_all_share_is_printed_once(world: World) -> None:
 
 def test_a_killed_process_is_named_before_those_that_miss_it(world: World) -> None:
     program = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that it reports, however soon it is told to end
 put("ready")
 if rank == 1:
     time.sleep(1000)
