@@ -167,6 +167,7 @@ def build_engine(case: Case, mesh: Mesh | None) -> tuple[TorchEngine, Any]:
     if mesh is not None:
         share_sequences(trained.model, mesh.devices["cp"])
     if case.compiled:
+        torch.compiler.reset()  # a fork inherits what earlier tests compiled, and there is a limit to it
         for layer in decoder.layers:
             layer.compile(backend="aot_eager", dynamic=True)
     return trained, spec

@@ -381,6 +381,7 @@ def test_what_processes_can_share_is_accepted() -> None:
 
 
 def compiled() -> tuple[float, dict[str, Tensor]]:
+    torch.compiler.reset()  # a fork inherits what earlier tests compiled, and there is a limit to it
     model = build("grouped", STAGE_2, 2, sequence=True)
     for layer in model.language_model.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
