@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from llava_core.engine.mesh import Mesh
-from llava_core.engine.parts import Region, local_part
+from llava_core.engine.parts import Region, laid_out_like, local_part
 from llava_core.model.llava import Llava
 
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,18 +63,7 @@ def shard_data(model: Llava, mesh: Mesh, sharding: Sharding) -> None:
 def part_of(parameter: nn.Parameter, tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """This process's part of a parameter's whole tensor, and what lays such a part out as the parameter is."""
     region = local_part(parameter).region
-    part = tensor[region.within(Region.whole(tensor.shape))]
-    if not isinstance(parameter, DTensor):
-        return part, lambda values: values
-    mesh, placements, shape, stride = (
-        parameter.device_mesh,
-        parameter.placements,
-        parameter.shape,
-        parameter.stride(),
-    )
-    return part, lambda values: DTensor.from_local(
-        values, mesh, placements, run_check=False, shape=shape, stride=stride
-    )
+    return tensor[region.within(Region.whole(tensor.shape))], partial(laid_out_like, parameter)
 
 
 def units(model: Llava) -> Iterator[nn.Module]:

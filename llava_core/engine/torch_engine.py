@@ -174,7 +174,8 @@ class TorchEngine:
         for batch in batches:
             hidden = self.model.hidden_states(batch.to(self.hardware.device), None)
             rows = hidden.isfinite().all(-1).cpu().split([b - a for a, b in pairwise(batch.cu_seqlens_host)])
-            found += [id for id, row in zip(batch.ids, rows, strict=True) if not row.all()]
+            # Not strict: a filler, which every process must compute with the others, has a row and no id.
+            found += [id for id, row in zip(batch.ids, rows, strict=False) if not row.all()]
         return found
 
 

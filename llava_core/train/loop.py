@@ -136,7 +136,7 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
             done += 1
             if not step.batches:
                 continue  # every row of the step was set aside
-            if not shown:
+            if not shown and step.batches[0].ids:  # a filler has nothing to show
                 shown = True
                 report.print_first_sample(run, step, console)
             profiler.before(done)

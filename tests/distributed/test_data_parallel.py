@@ -16,6 +16,7 @@ from llava_core.engine.loss import LossMode
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.processes import Processes
 from llava_core.engine.shard import Sharding
+from llava_core.errors import TrainingError
 from tests.distributed.processes import run_processes
 from tests.unit.engine.support import batches, engine, examples, hf_model
 
@@ -116,3 +117,22 @@ def sharded_bytes(case: Case) -> tuple[int, int]:
 def test_shards_are_a_process_s_part_of_the_memory() -> None:
     for own, whole in run_processes(4, sharded_bytes, Case(Layout(shard=4))):
         assert own < 0.3 * whole  # a quarter, and what does not divide evenly
+
+
+def fail_on_nan(layout: Layout) -> str:
+    """The error of a step whose weights are not finite, in which this process may have nothing but a filler."""
+    model, spec = hf_model()
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    mesh = Mesh.build(Processes(rank, size, rank, size), layout, "cpu")
+    trained = engine(model, spec, mesh=mesh)
+    trained.trained["language_model.model.norm.weight"].to_local().data.fill_(torch.nan)
+    whole = batches(examples(spec, 2), [2])
+    with pytest.raises(TrainingError) as raised:
+        trained.step(share(whole, mesh), 1.0, Labelled.of(whole))
+    assert all(id in str(raised.value) for id in whole[0].ids)
+    return str(raised.value)
+
+
+def test_a_failure_names_the_same_samples_in_every_process_fillers_or_not() -> None:
+    first, second = run_processes(2, fail_on_nan, Layout(shard=2))
+    assert first == second

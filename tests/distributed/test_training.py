@@ -91,6 +91,21 @@ def test_a_run_stopped_on_one_layout_goes_on_on_another(parts: TinyParts, tmp_pa
     assert_same_numbers(output, tmp_path / "one")
 
 
+def test_a_process_whose_rows_are_all_unusable_goes_along(parts: TinyParts, tmp_path: Path) -> None:
+    """Of the first step the first of two processes has nothing, and it is the one that shows the first sample."""
+    data = json.loads(parts.data.read_text())
+    for index in range(0, 8, 2):
+        data[index]["conversations"] = []
+    broken = tmp_path / "data.json"
+    broken.write_text(json.dumps(data))
+    changes = (f"data.path={broken}", "data.order=sequential", "data.max_bad_fraction=0.5")
+    train(tiny_settings(parts, tmp_path / "one", *changes))
+    assert run_processes(2, train, tiny_settings(parts, tmp_path / "many", *changes)) == [6] * 2
+    assert_same_numbers(tmp_path / "many", tmp_path / "one")
+    listed = [(tmp_path / name / "quarantine.jsonl").read_text() for name in ("one", "many")]
+    assert listed[0] == listed[1]
+
+
 class StopAfter(StopRequest):
     """A signal that comes after so many steps of this start."""
 
