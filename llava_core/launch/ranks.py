@@ -202,6 +202,8 @@ class LocalRanks:
 def end_with_launcher(environment: Mapping[str, str]) -> None:
     """Have SIGTERM sent to this process when its launcher dies, so that nobody is left behind. Linux alone can.
 
+    It may come more than once: a dying parent's threads end one by one, and each passes its children to the next.
+
     Raises:
         SystemExit: it is dead already.
     """
