@@ -17,6 +17,7 @@ from rich.console import Console
 from llava_core.cli.ask import ask
 from llava_core.cli.backends import backends
 from llava_core.cli.certify import certify
+from llava_core.cli.convert import convert
 from llava_core.cli.demo import demo
 from llava_core.cli.doctor import doctor
 from llava_core.cli.generate import generate
@@ -48,7 +49,7 @@ def options(
     """Train LLaVA models with one script and the same numbers on every accelerator."""
 
 
-for command in (demo, train, ask, generate, backends, doctor, certify):
+for command in (demo, train, ask, generate, convert, backends, doctor, certify):
     app.command()(command)
 
 

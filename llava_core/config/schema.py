@@ -51,9 +51,9 @@ class ModelConfig(Section):
 
     path: Path | None = Field(None, description="a Hugging Face LLaVA or language-model folder")
     vision: Path | None = Field(None, description="a CLIP or SigLIP folder")
-    language: Path | None = Field(None, description="a Llama or Mistral folder")
+    language: Path | None = Field(None, description="a Llama, Mistral or InternLM2 folder")
     projector: Path | None = Field(
-        None, description="projector weights: a LLaVA folder or mm_projector.bin; else fresh"
+        None, description="projector weights: a LLaVA folder, mm_projector.bin or XTuner's; else fresh"
     )
     projector_type: str = Field("mlp2x_gelu", description="linear, identity or mlpNx_gelu, for a composed model")
     vision_feature_layer: Annotated[int, Number] = Field(

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.parts import Region, laid_out_like, local_part
 from llava_core.model.llava import Llava
+from llava_core.weights.rows import Sliceable
 
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -60,7 +61,7 @@ def shard_data(model: Llava, mesh: Mesh, sharding: Sharding) -> None:
     register_fsdp_forward_method(model, "hidden_states")
 
 
-def part_of(parameter: nn.Parameter, tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def part_of(parameter: nn.Parameter, tensor: Sliceable) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """This process's part of a parameter's whole tensor, and what lays such a part out as the parameter is."""
     region = local_part(parameter).region
     return tensor[region.within(Region.whole(tensor.shape))], partial(laid_out_like, parameter)

@@ -9,6 +9,8 @@ from typing import Literal
 
 from llava_core.errors import ConfigError
 
+Family = Literal["llama", "mistral", "internlm2"]
+
 PROJECTOR_PATTERN = re.compile(r"linear|identity|mlp([2-9])x_gelu")
 
 
@@ -75,11 +77,15 @@ class VisionSpec:
 class RopeSpec:
     """Rotary position embedding. `factor` and the fields after it belong to the scaled kinds.
 
-    Source: Llama-3.1's frequency-dependent scaling (`llama3`); position interpolation, arXiv:2306.15595 (`linear`).
+    `dynamic` scales nothing up to the model's `max_positions`, beyond which nothing here goes: training refuses longer
+    samples, generation ends there.
+
+    Source: Llama-3.1's frequency-dependent scaling (`llama3`); position interpolation, arXiv:2306.15595 (`linear`);
+    dynamic NTK scaling as in Hugging Face's `_compute_dynamic_ntk_parameters` (`dynamic`).
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -88,9 +94,13 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """A decoder of the Llama family."""
+    """A decoder of the Llama family.
 
-    family: Literal["llama", "mistral"]
+    Attributes:
+        family: how its folders spell it; the computation is the same.
+    """
+
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int

@@ -193,6 +193,7 @@ def export_run(run: Run, folder: Path) -> None:
         run.template,
         folder,
         dtype=run.engine.model.compute_dtype,
+        remote=run.source.remote,
         writes=run.processes.is_first,
     )
 

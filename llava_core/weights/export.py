@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -21,10 +20,12 @@ from llava_core.data.records import IMAGE_MARK
 from llava_core.data.templates import Template
 from llava_core.errors import WeightsError
 from llava_core.model.llava import Llava
-from llava_core.model.spec import ModelSpec, VisionSpec
+from llava_core.model.spec import ModelSpec, TextSpec
 from llava_core.weights.chat_templates import chat_template
-from llava_core.weights.hf_config import llava_config
-from llava_core.weights.names import to_language_only
+from llava_core.weights.config_files import EXPORTED_BY, write_files
+from llava_core.weights.internlm2 import RemoteCode, fused
+from llava_core.weights.names import to_internlm2, to_language_only
+from llava_core.weights.new_folder import new_folder
 from llava_core.weights.shards import TensorToWrite, write_weights
 from llava_core.weights.vocabulary import frozen_tokenizer, grown, grown_size, stop_ids, written_bos
 
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MAX_FILE_BYTES = 5_000_000_000
-EXPORTED_BY = {"exported_by": "llava-core"}
-"""In `config.json`: the folder is an export, which a later export may replace."""
-
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 
@@ -47,12 +45,14 @@ def export_model(
     folder: Path,
     *,
     dtype: torch.dtype,
+    remote: RemoteCode | None = None,
     writes: bool = True,
 ) -> Path:
     """Writes the model to `folder`, which appears when it is complete and durable; returns it.
 
     transformers loads the folder with LlavaForConditionalGeneration and AutoProcessor, or, without a vision tower, with
-    AutoModelForCausalLM and AutoTokenizer. Two things differ from the model in memory:
+    AutoModelForCausalLM and AutoTokenizer. An InternLM2 is written as it was found, and needs its own code there; in a
+    LLaVA it is written as the Llama that it is. Two things differ from the model in memory:
 
     - A tokenizer without `<image>` gets it, as transformers needs; see `vocabulary.grown` for the rows this may add.
     - transformers knows the projector `mlp2x_gelu` only. With another one it refuses the folder; this library reads it.
@@ -66,6 +66,7 @@ def export_model(
     Args:
         template: the one that the model was trained with; becomes the chat template.
         dtype: of the weights: fp32, bf16 or fp16.
+        remote: of the folder that a language model came from; see `ModelSource`.
         writes: False in all processes but one, which only hand over what they hold. Where the one fails, it still takes
             what they hand over, so that they do not wait for it; the error is raised there alone.
 
@@ -76,7 +77,7 @@ def export_model(
     weights = _whole_weights(model)
     try:
         if writes:
-            _write(model, weights, tokenizer, image_processor, template, Path(folder), dtype)
+            _write(model, weights, tokenizer, image_processor, template, Path(folder), dtype, remote)
     finally:
         for _ in weights:
             pass
@@ -127,6 +128,7 @@ def _write(
     template: Template,
     folder: Path,
     dtype: torch.dtype,
+    remote: RemoteCode | None,
 ) -> None:
     refuse_foreign(folder)
     multimodal = model.spec.vision is not None
@@ -134,18 +136,28 @@ def _write(
         raise WeightsError("a model with a vision tower is exported with its image processor, and only such a model.")
     exported = exported_tokenizer(tokenizer, template, multimodal=multimodal)
     spec = _exported_spec(model.spec, exported)
-    partial = _beside(folder, ".partial")
-    _remove(partial)
-    partial.mkdir(parents=True)
-    try:
+    ends = stop_ids(exported, template.stop)
+    write_folder(
+        folder, model, spec, weights, exported, ends, dtype=dtype, image_processor=image_processor, remote=remote
+    )
+
+
+def write_folder(
+    folder: Path,
+    model: Llava,
+    spec: ModelSpec,
+    weights: Iterator[Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    image_processor: ImageProcessor | None = None,
+    remote: RemoteCode | None = None,
+) -> None:
+    """Writes `weights`, the model's parameters in their order, and all that goes with them, as `spec` says."""
+    with new_folder(folder) as partial:
         write_weights(partial, _tensors(model, spec, weights), dtype, max_file_bytes=MAX_FILE_BYTES)
-        exported.save_pretrained(partial)
-        for name, content in _configs(spec, exported, image_processor, template, dtype).items():
-            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # frees a full disk; the next export sweeps what resists
-        raise
+        write_files(partial, spec, tokenizer, ends, dtype, image_processor=image_processor, remote=remote)
 
 
 def _exported_spec(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> ModelSpec:
@@ -165,84 +177,23 @@ def _whole_weights(model: Llava) -> Iterator[Tensor]:
 def _tensors(model: Llava, spec: ModelSpec, weights: Iterator[Tensor]) -> dict[str, TensorToWrite]:
     """What is written, in the order of `weights`, from which it is taken when its turn comes."""
     tensors = {}
-    for name, parameter in model.named_parameters():
-        shape, disk_name = tuple(parameter.shape), name if spec.vision else to_language_only(name)
-        num_rows = spec.text.vocab_size if name in (EMBEDDING, HEAD) else shape[0]
-        read = functools.partial(_take, weights, num_rows)
-        tensors[disk_name] = TensorToWrite((num_rows, *shape[1:]), read)
+    for disk_name, group in groupby(model.named_parameters(), key=lambda named: _disk_name(named[0], spec)):
+        shapes = {name: tuple(parameter.shape) for name, parameter in group}
+        (_, *others), is_vocabulary = next(iter(shapes.values())), not shapes.keys().isdisjoint((EMBEDDING, HEAD))
+        num_rows = spec.text.vocab_size if is_vocabulary else sum(rows for rows, *_ in shapes.values())
+        read = functools.partial(_take, weights, len(shapes), num_rows, spec.text)
+        tensors[disk_name] = TensorToWrite((num_rows, *others), read)
     return tensors
 
 
-def _take(weights: Iterator[Tensor], num_rows: int) -> Tensor:
-    return grown(next(weights), num_rows)
+def _disk_name(name: str, spec: ModelSpec) -> str:
+    """What a parameter is called in the folder; neighbours that share a name are one tensor there."""
+    if spec.vision is not None:
+        return name
+    name = to_language_only(name)
+    return to_internlm2(name) if spec.text.family == "internlm2" else name
 
 
-def _configs(
-    spec: ModelSpec,
-    tokenizer: PreTrainedTokenizerFast,
-    image_processor: ImageProcessor | None,
-    template: Template,
-    dtype: torch.dtype,
-) -> dict[str, dict[str, Any]]:
-    """The JSON files of the folder, but for the tokenizer's."""
-    ends = stop_ids(tokenizer, template.stop)
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    version = {"transformers_version": transformers.__version__}
-    # `torch_dtype` is read by every release; `dtype` by new ones alone.
-    config = llava_config(spec) | ids | EXPORTED_BY | {"torch_dtype": str(dtype).removeprefix("torch.")} | version
-    if spec.vision is None or image_processor is None:
-        return {"config.json": config, "generation_config.json": ids | version}
-    config["text_config"] |= ids
-    return {
-        "config.json": config,
-        "generation_config.json": ids | version,
-        "preprocessor_config.json": image_processor.to_config(),
-        "processor_config.json": _processor_config(spec.vision),
-    }
-
-
-def _processor_config(vision: VisionSpec) -> dict[str, Any]:
-    return {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE_MARK,
-        "patch_size": vision.patch_size,
-        # transformers counts an image's tokens as patches + this, less one where the class token is dropped.
-        "num_additional_image_tokens": vision.num_positions - vision.num_patches,
-        "vision_feature_select_strategy": vision.feature_select,
-    }
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Gives a complete folder its name, durably."""
-    for file in partial.iterdir():
-        _sync(file)
-    _sync(partial)
-    replaced = _beside(folder, ".replaced")
-    _remove(replaced)
-    if folder.exists():
-        os.rename(folder, replaced)
-    os.rename(partial, folder)
-    _sync(folder.parent)
-    _remove(replaced)
-
-
-def _beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(folder.name + suffix)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a directory, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _take(weights: Iterator[Tensor], num_parts: int, num_rows: int, spec: TextSpec) -> Tensor:
+    parts = list(islice(weights, num_parts))
+    return grown(parts[0], num_rows) if num_parts == 1 else fused(parts, spec)

@@ -1,4 +1,4 @@
-"""Hugging Face configs to specs and back. What this library does not implement is refused by name."""
+"""Hugging Face configs to specs; `config_files` goes back. What this library does not implement is refused by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from llava_core.errors import WeightsError
 from llava_core.model.layers import ACTIVATIONS
-from llava_core.model.spec import ModelSpec, RopeSpec, TextSpec, VisionSpec
+from llava_core.model.spec import Family, ModelSpec, RopeSpec, TextSpec, VisionSpec, projector_depth
+from llava_core.weights import internlm2
 
 FeatureSelect = Literal["default", "full"]
 
@@ -47,10 +48,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not file.is_file():
         raise WeightsError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
     try:
+        found = json.loads(file.read_text(encoding="utf-8"))
         # Before transformers reads it, which divides by some of them.
-        problems = list(_bad_sizes(json.loads(file.read_text(encoding="utf-8"))))
+        problems = list(_bad_sizes(found))
         if problems:
             raise WeightsError(f"{file}: {'; '.join(problems)}.")
+        if isinstance(found, dict) and found.get("model_type") == internlm2.MODEL_TYPE:
+            return internlm2.read_config(found, file)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except WeightsError:
         raise
@@ -109,11 +113,27 @@ def vision_spec(config: PretrainedConfig, where: Path, feature_layer: int, selec
     )
 
 
+def check_projector(folder: Path, projector_type: str) -> None:
+    """Checks that XTuner's projector folder says what `projector_type` does; others say nothing of their own.
+
+    Source: xtuner/model/modules/projector of InternLM/xtuner.
+
+    Raises:
+        WeightsError: another depth or activation, or no biases.
+    """
+    file = folder / "config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("model_type") != "projector":
+        return
+    for key, expected in (("depth", projector_depth(projector_type)), ("hidden_act", "gelu"), ("bias", True)):
+        _require(file, key, found.get(key, expected), expected)
+
+
 def text_spec(config: PretrainedConfig, where: Path, *, tied: bool | None = None) -> TextSpec:
-    """The spec of a Llama or Mistral. `tied` overrides the config, for one that is part of a LLaVA's."""
-    families: dict[str, Literal["llama", "mistral"]] = {"llama": "llama", "mistral": "mistral"}
+    """The spec of a Llama, Mistral or InternLM2. `tied` overrides the config, for one that is part of a LLaVA's."""
+    families: dict[str, Family] = {"llama": "llama", "mistral": "mistral", "internlm2": "internlm2"}
     if config.model_type not in families:
-        raise WeightsError(f"{where}: language model {config.model_type!r}; expected llama or mistral.")
+        raise WeightsError(f"{where}: language model {config.model_type!r}; expected llama, mistral or internlm2.")
     _require(where, "hidden_act", config.hidden_act, "silu")
     _require(where, "attention_dropout", config.attention_dropout, 0)
     for bias in ("attention_bias", "mlp_bias"):
@@ -150,30 +170,13 @@ def _bad_sizes(section: object, prefix: str = "") -> Iterator[str]:
         yield from _bad_sizes(section.get(part), f"{part}.")
 
 
-def llava_config(spec: ModelSpec) -> dict[str, Any]:
-    """The `config.json` of an export, spelt so that older releases of transformers read it too."""
-    if spec.vision is None:
-        return {"architectures": [_causal_class(spec.text)], **_text_config(spec.text)}
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "image_token_index": spec.image_token_id,
-        "image_seq_length": spec.vision.visual_tokens,
-        "projector_hidden_act": "gelu" if spec.projector == "mlp2x_gelu" else OWN_PROJECTOR + spec.projector,
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": spec.vision.feature_layer,
-        "vision_feature_select_strategy": spec.vision.feature_select,
-        "tie_word_embeddings": spec.text.tied_embeddings,
-        "text_config": _text_config(spec.text),
-        "vision_config": _vision_config(spec.vision),
-    }
-
-
 def _rope_spec(parameters: dict[str, Any], where: Path) -> RopeSpec:
     parameters = {key: value for key, value in parameters.items() if value is not None}
     kind = parameters.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):
-        raise WeightsError(f"{where}: rope_type {kind!r} is not implemented; expected default, linear or llama3.")
+    if kind not in ("default", "linear", "dynamic", "llama3"):
+        raise WeightsError(
+            f"{where}: rope_type {kind!r} is not implemented; expected default, linear, dynamic or llama3."
+        )
     names = {
         "rope_theta": "theta",
         "factor": "factor",
@@ -189,64 +192,6 @@ def _rope_spec(parameters: dict[str, Any], where: Path) -> RopeSpec:
         if key in names and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
             raise WeightsError(f"{where}: {key} = {value!r} of the rope; expected a number above 0.")
     return RopeSpec(kind=kind, **{names[key]: value for key, value in parameters.items() if key in names})
-
-
-def _rope_config(rope: RopeSpec) -> dict[str, Any]:
-    scaling: dict[str, Any] | None = None
-    if rope.kind == "linear":
-        scaling = {"rope_type": "linear", "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling = {
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-        }
-    return {"rope_theta": rope.theta, "rope_scaling": scaling}
-
-
-def _text_config(spec: TextSpec) -> dict[str, Any]:
-    window = {"sliding_window": spec.sliding_window} if spec.family == "mistral" else {}
-    return {
-        "architectures": [_causal_class(spec)],
-        "model_type": spec.family,
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm_eps,
-        "max_position_embeddings": spec.max_positions,
-        "tie_word_embeddings": spec.tied_embeddings,
-        **_rope_config(spec.rope),
-        **window,
-    }
-
-
-def _vision_config(spec: VisionSpec) -> dict[str, Any]:
-    # SigLIP's pooling head is not part of a LLaVA; saying so keeps transformers from making up random weights for it.
-    head = {"vision_use_head": False} if spec.family == "siglip" else {"projection_dim": spec.hidden_size}
-    return {
-        "model_type": f"{spec.family}_vision_model",
-        "image_size": spec.image_size,
-        "patch_size": spec.patch_size,
-        "num_channels": 3,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "hidden_act": spec.activation,
-        "layer_norm_eps": spec.norm_eps,
-        **head,
-    }
-
-
-def _causal_class(spec: TextSpec) -> str:
-    return {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[spec.family]
 
 
 def _require(where: Path, key: str, found: object, expected: object) -> None:

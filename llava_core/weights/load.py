@@ -14,6 +14,7 @@ from llava_core.errors import WeightsError
 from llava_core.model.freeze import PARTS, train_only
 from llava_core.model.llava import Llava
 from llava_core.model.projector import Projector
+from llava_core.weights.rows import Sliceable
 from llava_core.weights.source import ModelSource
 
 MAX_LISTED = 20
@@ -26,9 +27,9 @@ def leave_whole(model: Llava) -> None:
     """The layout of one process."""
 
 
-def whole(_: nn.Parameter, tensor: Tensor) -> tuple[Tensor, Layout]:
+def whole(_: nn.Parameter, tensor: Sliceable) -> tuple[Tensor, Layout]:
     """All of it, as it is."""
-    return tensor, lambda part: part
+    return tensor[(slice(None),) * len(tensor.shape)], lambda part: part
 
 
 def load_model(
@@ -40,7 +41,7 @@ def load_model(
     trainable: frozenset[str] = frozenset(),
     projector_seed: int = 0,
     arrange: Callable[[Llava], None] = leave_whole,
-    part_of: Callable[[nn.Parameter, Tensor], tuple[Tensor, Layout]] = whole,
+    part_of: Callable[[nn.Parameter, Sliceable], tuple[Tensor, Layout]] = whole,
 ) -> Llava:
     """The model with its weights, one tensor at a time, so that memory holds it once.
 
@@ -61,7 +62,7 @@ def load_model(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
     arrange(model)
-    tensors = dict(source.tensors)
+    tensors: dict[str, Callable[[], Sliceable]] = dict(source.tensors)
     if source.fresh_projector:
         tensors |= _fresh_projector(source, projector_seed)
     _check(model, tensors)

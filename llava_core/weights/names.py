@@ -62,18 +62,63 @@ VISION = Naming(
 LANGUAGE = Naming(rename=((r"model\.", "language_model.model."), (r"lm_head\.", "language_model.lm_head.")))
 """A causal language model's folder."""
 
+INTERNLM2_LAYER = {
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+"""InternLM2's names within a layer, and Llama's."""
+
+INTERNLM2_OUTSIDE = {
+    "model.tok_embeddings.": "model.embed_tokens.",
+    "model.norm.": "model.norm.",
+    "output.": "lm_head.",
+}
+"""The same outside of the layers."""
+
+FUSED = "attention.wqkv.weight"
+SEPARATE = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+
+INTERNLM2 = Naming(
+    rename=(
+        *(
+            (rf"model\.layers\.(\d+)\.{re.escape(own)}\.", rf"language_model.model.layers.\1.{llama}.")
+            for own, llama in INTERNLM2_LAYER.items()
+        ),
+        *((re.escape(own), f"language_model.{llama}") for own, llama in INTERNLM2_OUTSIDE.items()),
+        (r"model\.", "language_model.model."),
+    )
+)
+"""An InternLM2 folder; its fused matrices keep their name, which `internlm2.split_fused` divides."""
+
 PROJECTOR = Naming(
     rename=(
         # mlpNx_gelu counts the activations between its layers, too.
         *((rf"(?:model\.)?mm_projector\.{2 * i}\.", f"multi_modal_projector.linear_{i + 1}.") for i in range(9)),
         (r"(?:model\.)?mm_projector\.(?=weight|bias)", "multi_modal_projector.linear_1."),
         (r"(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
+        *((rf"model\.{2 * i}\.", f"multi_modal_projector.linear_{i + 1}.") for i in range(9)),  # XTuner's folder
     ),
     unused=(r"(^|\.)(vision_tower|language_model|lm_head)\.",),
 )
-"""A projector alone (`mm_projector.bin` of the original LLaVA too), or the projector of a whole LLaVA."""
+"""A projector alone (`mm_projector.bin` of the original LLaVA and XTuner's folder too), or that of a whole LLaVA."""
 
 
 def to_language_only(name: str) -> str:
     """The name in a language model's own folder."""
     return name.removeprefix("language_model.")
+
+
+def to_internlm2(name: str) -> str:
+    """InternLM2's name for a name in a Llama's own folder; that of the fused matrix for each of its parts."""
+    layer = re.match(r"model\.layers\.\d+\.", name)
+    if layer is None:
+        return next(name.replace(llama, own, 1) for own, llama in INTERNLM2_OUTSIDE.items() if name.startswith(llama))
+    inside = name.removeprefix(layer.group())
+    if inside in SEPARATE:
+        return layer.group() + FUSED
+    own = next(inside.replace(llama, own) for own, llama in INTERNLM2_LAYER.items() if inside.startswith(f"{llama}."))
+    return layer.group() + own

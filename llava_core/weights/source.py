@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from llava_core.errors import WeightsError
-from llava_core.model.spec import ModelSpec
-from llava_core.weights import names
+from llava_core.model.spec import ModelSpec, TextSpec
+from llava_core.weights import internlm2, names
 from llava_core.weights.folder import WeightsFolder, weight_files
-from llava_core.weights.hf_config import FeatureSelect, model_spec, read_config, text_spec, vision_spec
+from llava_core.weights.hf_config import (
+    FeatureSelect,
+    check_projector,
+    model_spec,
+    read_config,
+    text_spec,
+    vision_spec,
+)
+from llava_core.weights.internlm2 import RemoteCode
 from llava_core.weights.names import Naming
+from llava_core.weights.rows import Sliceable
 
 
 @dataclass(frozen=True)
@@ -28,22 +35,27 @@ class ModelSource:
         processor_folder: the folder with its image processor; None for a language model.
         files: every weights file, for fingerprints.
         fresh_projector: the projector has no weights yet and is to be initialised.
+        remote: what an export takes over from a language model's folder whose classes are not transformers' own.
     """
 
     spec: ModelSpec
-    tensors: dict[str, Callable[[], Tensor]]
+    tensors: Mapping[str, Callable[[], Sliceable]]
     tokenizer_folder: Path
     processor_folder: Path | None
     files: tuple[Path, ...]
     fresh_projector: bool = False
+    remote: RemoteCode | None = None
 
 
 def from_folder(folder: Path) -> ModelSource:
     """A whole LLaVA, or a language model."""
     spec = model_spec(read_config(folder), folder)
-    naming = names.LLAVA if spec.vision else names.LANGUAGE
-    tensors = _tensors(folder, naming, tied=spec.text.tied_embeddings)
-    return ModelSource(spec, tensors, folder, folder if spec.vision else None, tuple(weight_files(folder)))
+    files = tuple(weight_files(folder))
+    if spec.vision is not None:
+        tensors = _tensors(folder, names.LLAVA, tied=spec.text.tied_embeddings)
+        return ModelSource(spec, tensors, folder, folder, files)
+    remote = RemoteCode.of(folder) if spec.text.family == "internlm2" else None
+    return ModelSource(spec, _language_tensors(folder, spec.text), folder, None, files, remote=remote)
 
 
 def compose(
@@ -59,18 +71,26 @@ def compose(
     text = text_spec(read_config(language), language)
     tower = vision_spec(read_config(vision), vision, feature_layer, feature_select)
     spec = ModelSpec(text, tower, projector_type)
-    tensors = _tensors(vision, names.VISION) | _tensors(language, names.LANGUAGE, tied=text.tied_embeddings)
+    tensors = _tensors(vision, names.VISION) | _language_tensors(language, text)
     paths = [vision, language]
     if projector is not None:
+        check_projector(projector, projector_type)
         tensors |= _tensors(projector, names.PROJECTOR)
         paths.append(projector)
     files = tuple(file for path in paths for file in weight_files(path))
     return ModelSource(spec, tensors, language, vision, files, fresh_projector=projector is None)
 
 
-def _tensors(path: Path, naming: Naming, *, tied: bool = False) -> dict[str, Callable[[], Tensor]]:
+def _language_tensors(path: Path, spec: TextSpec) -> dict[str, Callable[[], Sliceable]]:
+    tied = spec.tied_embeddings
+    if spec.family == "internlm2":
+        return internlm2.split_fused(_tensors(path, names.INTERNLM2, tied=tied), spec)
+    return _tensors(path, names.LANGUAGE, tied=tied)
+
+
+def _tensors(path: Path, naming: Naming, *, tied: bool = False) -> dict[str, Callable[[], Sliceable]]:
     folder = WeightsFolder(path)
-    found: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, Callable[[], Sliceable]] = {}
     origin: dict[str, str] = {}
     for disk_name in folder:
         name = naming.canonical(disk_name)

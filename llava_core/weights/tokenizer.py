@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from llava_core.errors import WeightsError
+from llava_core.weights.internlm2_tokenizer import CLASSES, load_internlm2_tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -19,11 +20,20 @@ def load_tokenizer(folder: Path) -> Any:
     """
     try:
         _check_kind(folder / "tokenizer.json")
+        config = _tokenizer_config(folder)
+        if config.get("tokenizer_class") in CLASSES:
+            return load_internlm2_tokenizer(folder, config)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except WeightsError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder} has no tokenizer that can be read: {error}") from error
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _check_kind(file: Path) -> None:

@@ -21,7 +21,7 @@ ROW_MULTIPLE = 64
 
 
 def frozen_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str, *, multimodal: bool, adds_bos: bool
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, *, multimodal: bool, adds_bos: bool
 ) -> PreTrainedTokenizerFast:
     """A copy that gives the ids of training wherever it is loaded.
 

@@ -325,10 +325,10 @@ REFUSED = [
     ({"text_config": {"attention_bias": True}}, r"attention_bias = True is not implemented; expected False"),
     ({"text_config": {"mlp_bias": True}}, r"mlp_bias = True is not implemented; expected False"),
     ({"text_config": {"hidden_act": "gelu"}}, r"hidden_act = 'gelu' is not implemented; expected 'silu'"),
-    ({"text_config": {"model_type": "gpt2"}}, r"language model 'gpt2'; expected llama or mistral"),
+    ({"text_config": {"model_type": "gpt2"}}, r"language model 'gpt2'; expected llama, mistral or internlm2"),
     (
         {"text_config": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}},
-        r"rope_type 'yarn' is not implemented; expected default, linear or llama3",
+        r"rope_type 'yarn' is not implemented; expected default, linear, dynamic or llama3",
     ),
     ({"vision_config": {"hidden_act": "relu"}}, r"hidden_act = 'relu'; expected one of \['gelu', "),
     ({"vision_config": {"num_channels": 1}}, r"num_channels = 1 is not implemented; expected 3"),
@@ -338,7 +338,7 @@ REFUSED = [
     ({"vision_feature_layer": 9}, r"vision_feature_layer = 9: the tower has 4 layers; choose from -5 to 4"),
     ({"projector_hidden_act": "relu"}, r"projector_hidden_act = 'relu'"),
     ({"multimodal_projector_bias": False}, r"multimodal_projector_bias = False is not implemented; expected True"),
-    ({"model_type": "qwen2"}, r"language model 'qwen2'; expected llama or mistral"),
+    ({"model_type": "qwen2"}, r"language model 'qwen2'; expected llama, mistral or internlm2"),
     ({"model_type": "no_such_model"}, r"config\.json cannot be read: .*no_such_model"),
 ]
 
