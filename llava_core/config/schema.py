@@ -181,6 +181,9 @@ class CheckpointConfig(Section):
     """State checkpoints, from which a run resumes exactly."""
 
     every_steps: PositiveInt | None = Field(None, description="save at these intervals; null: only when interrupted")
+    asynchronous: bool = Field(
+        False, description="train on while the state is written; takes host memory for a copy of what is saved"
+    )
     keep: PositiveInt | None = Field(2, description="how many to keep; null keeps all")
     resume: bool = Field(True, description="go on from the newest complete checkpoint in the output folder")
 

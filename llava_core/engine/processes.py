@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -40,12 +40,14 @@ class Processes:
     Attributes:
         rank, size: among all.
         local_rank, local_size: among those of this machine.
+        channel: in which their hosts exchange objects; None for that of the whole run.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    channel: distributed.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Processes:
@@ -60,7 +62,8 @@ class Processes:
         if len(told) < len(VARIABLES) or not all(value.isdecimal() for value in told.values()):
             found = ", ".join(f"{name}={environment.get(name)!r}" for name in VARIABLES.values())
             raise ConfigError(f"{found}: a launcher sets all four to numbers; start with `llava-core train --nproc N`.")
-        return cls(**{field: int(value) for field, value in told.items()})
+        rank, size, local_rank, local_size = (int(told[field]) for field in VARIABLES)
+        return cls(rank, size, local_rank, local_size)
 
     @property
     def is_first(self) -> bool:
@@ -101,8 +104,20 @@ class Processes:
         if self.size == 1:
             return [value]
         found: list[T] = [value] * self.size
-        distributed.all_gather_object(found, value)
+        distributed.all_gather_object(found, value, group=self.channel)
         return found
+
+    def with_own_channel(self, timeout: timedelta) -> Processes:
+        """The same processes, for another thread: what it gathers does not mix with what the others do meanwhile.
+
+        All of them call this together, once joined.
+
+        Args:
+            timeout: how long one may wait for another, in each exchange.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, channel=distributed.new_group(backend=HOST_GROUP, timeout=timeout))
 
 
 class RollCall:

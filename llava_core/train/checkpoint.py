@@ -23,9 +23,11 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from llava_core.engine.parts import Part
 from llava_core.engine.processes import Processes
@@ -33,7 +35,7 @@ from llava_core.errors import CheckpointError
 from llava_core.train.agreement import agree, by_first
 from llava_core.train.durable import make_directory, naming, sync_directory, write_file
 from llava_core.train.manifest import MANIFEST, STATE, Manifest, folder_name
-from llava_core.train.shares import held_by, manifest_of, share_out, write_share
+from llava_core.train.shares import Shared, held_by, manifest_of, share_out, write_share
 from llava_core.train.stored import Checkpoint, verified
 from llava_core.train.tensor_files import split
 
@@ -42,6 +44,25 @@ JSON: TypeAlias = bool | int | float | str | list[Any] | dict[str, Any] | None
 ALONE = Processes()
 _COMPLETE = re.compile(r"step-([0-9]{8,})")
 _LITTER = re.compile(r"step-[0-9]{8,}\.(partial|deleting)")
+MAX_FILE_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a checkpoint is to hold: all processes have agreed on it, and nothing is written.
+
+    Attributes:
+        shared: every tensor, and which process writes each of its boxes.
+        own: the boxes that this process writes. They must not change before they are written.
+        state: the first process's, encoded.
+        keep: how many checkpoints to keep, this one included; None for all.
+    """
+
+    step: int
+    shared: Mapping[str, Shared]
+    own: Mapping[str, Tensor]
+    state: bytes
+    keep: int | None
 
 
 def save_state(
@@ -52,7 +73,7 @@ def save_state(
     *,
     keep: int | None,
     processes: Processes = ALONE,
-    max_file_bytes: int = 4_000_000_000,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Write `root/step-N` durably, then remove older checkpoints beyond the newest `keep` (None: remove none).
 
@@ -70,26 +91,47 @@ def save_state(
         CheckpointError: a sound checkpoint of this step exists, or the disk refused a process, which the message names.
             The older checkpoints are intact.
     """
+    draft = draft_state(step, parts, state, keep=keep, processes=processes)
+    return write_draft(root, draft, processes, max_file_bytes=max_file_bytes)
+
+
+def draft_state(
+    step: int,
+    parts: Mapping[str, Part],
+    state: Mapping[str, JSON],
+    *,
+    keep: int | None,
+    processes: Processes = ALONE,
+) -> Draft:
+    """The first half of `save_state`, which raises its ValueErrors: what each process is to write."""
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"step={step}, keep={keep}: step must be at least 0, keep at least 1 or None")
     shared = share_out(agree(processes, lambda: held_by(parts)))
     state_bytes = by_first(processes, lambda: _encode_state(state))
     own = {name: part.data for name, part in parts.items() if shared[name].writers.get(part.region) == processes.rank}
+    return Draft(step, shared, own, state_bytes, keep)
+
+
+def write_draft(
+    root: Path, draft: Draft, processes: Processes = ALONE, *, max_file_bytes: int = MAX_FILE_BYTES
+) -> Path:
+    """The second half of `save_state`, which raises its CheckpointErrors; of a draft of the same processes."""
+    step, own = draft.step, draft.own
     final = root / folder_name(step)
     partial = final.with_name(final.name + ".partial")
     saving = naming(f"step {step} could not be saved; older checkpoints are untouched")
     try:
         by_first(processes, saving(lambda: _begin(root, partial, final)))
         written = agree(processes, saving(lambda: write_share(partial, processes.rank, split(own, max_file_bytes))))
-        manifest = manifest_of(step, shared, written)
-        by_first(processes, saving(lambda: _finish(partial, final, manifest, state_bytes)))
+        manifest = manifest_of(step, draft.shared, written)
+        by_first(processes, saving(lambda: _finish(partial, final, manifest, draft.state)))
     except CheckpointError:
         if processes.is_first:
             # Frees a full disk at once. What resists is named `.partial`: never read, and swept by the next save.
             shutil.rmtree(partial, ignore_errors=True)
         raise
     pruning = naming(f"step {step} is saved in {final}, but older checkpoints could not be removed")
-    by_first(processes, pruning(lambda: _prune(root, step, keep)))
+    by_first(processes, pruning(lambda: _prune(root, step, draft.keep)))
     return final
 
 

@@ -27,6 +27,7 @@ from llava_core.train.plots import plot_loss
 from llava_core.train.prepare import EXPORT_FOLDER, Run, open_run, prepare
 from llava_core.train.profiling import StepProfiler
 from llava_core.train.recording import recording
+from llava_core.train.saver import saving
 from llava_core.weights.export import export_model
 
 RANK_TIMEOUT = timedelta(minutes=30)
@@ -127,10 +128,12 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
     saved, shown = done, done > 0
     timed_steps = _timed(iter(run.loader))
     with ExitStack() as stack:
+        saver = stack.enter_context(saving(run, RANK_TIMEOUT))
         record = stack.enter_context(recording(run, registry, console, done))
         backend = run.hardware.backend
         profiler = stack.enter_context(closing(StepProfiler(backend, config.output, config.log.profile_steps)))
         while done < total and not stop.agree(gather):
+            saver.settle()
             start = time.perf_counter()
             step, data_seconds = next(timed_steps)
             done += 1
@@ -145,11 +148,11 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
             if done % config.log.every_steps == 0 or done == total:
                 record(measure(run, step, result, done, data_seconds, time.perf_counter() - start))
             if is_due(config.checkpoint.every_steps, done):
-                resume.save(run, done)
+                saver.save(done)
                 saved = done
         # After the loop, not in it: a signal may come between any look at `stop` and the next.
         if saved < done and (stop.agree(gather) or config.checkpoint.every_steps is not None):
-            resume.save(run, done)
+            saver.save_now(done)
     return done
 
 

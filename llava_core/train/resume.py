@@ -13,7 +13,7 @@ import torch
 from llava_core.engine.parts import local_parts
 from llava_core.errors import CheckpointError
 from llava_core.train.agreement import agree
-from llava_core.train.checkpoint import open_newest, save_state
+from llava_core.train.checkpoint import Draft, draft_state, open_newest, write_draft
 from llava_core.train.prepare import Run
 from llava_core.train.stored import Checkpoint
 
@@ -50,6 +50,11 @@ def checkpoint_folder(run: Run) -> Path:
 
 def save(run: Run, step: int) -> Path:
     """Save the run's whole state after `step` optimizer steps; every process calls it. Raises CheckpointError."""
+    return write_draft(checkpoint_folder(run), draft(run, step), run.processes)
+
+
+def draft(run: Run, step: int) -> Draft:
+    """What `save` writes; its tensors are those that training changes. Every process calls it."""
     tensors, engine_state = run.engine.state()
     state: dict[str, Any] = {
         "engine": engine_state,
@@ -64,7 +69,7 @@ def save(run: Run, step: int) -> Path:
         },
     }
     keep = run.config.checkpoint.keep
-    return save_state(checkpoint_folder(run), step, local_parts(tensors), state, keep=keep, processes=run.processes)
+    return draft_state(step, local_parts(tensors), state, keep=keep, processes=run.processes)
 
 
 def resume(run: Run) -> tuple[int, list[str]]:

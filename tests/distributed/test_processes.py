@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from datetime import timedelta
+
 import pytest
 from torch import distributed
 
 from llava_core.engine.layout import Layout
 from llava_core.engine.processes import Processes
-from tests.distributed.processes import run_processes
+from tests.distributed.processes import TIMEOUT_SECONDS, run_processes
 
 
 def gather_ranks() -> list[str]:
@@ -32,3 +35,27 @@ def fail_on_rank_1() -> None:
 def test_a_failing_process_fails_the_test_with_its_traceback() -> None:
     with pytest.raises(AssertionError, match="process 1:.*\n(.*\n)*ValueError: of its own"):
         run_processes(2, fail_on_rank_1)
+
+
+def gather_in_two_threads() -> list[list[str]]:
+    """The thread's exchanges are begun first in one process, and last in the other."""
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    processes = Processes(rank, size, rank, size)
+    apart = processes.with_own_channel(timedelta(seconds=TIMEOUT_SECONDS))
+    heard: list[list[str]] = []
+    thread = threading.Thread(target=lambda: heard.extend(apart.gather(f"{rank} apart") for _ in range(2)))
+    if rank == 0:
+        thread.start()
+    heard_here = [processes.gather(f"{rank}") for _ in range(2)]
+    if rank == 1:
+        thread.start()
+    thread.join()
+    return heard_here + heard
+
+
+def test_a_channel_of_its_own_lets_a_thread_gather_meanwhile() -> None:
+    assert run_processes(2, gather_in_two_threads) == [[["0", "1"]] * 2 + [["0 apart", "1 apart"]] * 2] * 2
+
+
+def test_a_process_alone_needs_no_channel() -> None:
+    assert Processes().with_own_channel(timedelta(seconds=1)).gather("me") == ["me"]

@@ -77,7 +77,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_losses(config: 
     with started([*LLAVA_CORE, "train", str(config), f"output={whole}"]) as (alone,):
         assert finish(alone)[0] == 0
     command = [*LLAVA_CORE, "train", str(config), f"output={cut}", "--nproc", "2"]
-    with started([*command, "checkpoint.every_steps=1"]) as (first,):
+    with started([*command, "checkpoint.every_steps=1", "checkpoint.asynchronous=true"]) as (first,):
         await_true(lambda: steps(cut) >= 2 or first.poll() is not None, "step 2", TIMEOUT_SECONDS)
         first.send_signal(signal.SIGTERM)
         code, printed = finish(first)

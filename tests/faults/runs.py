@@ -59,6 +59,10 @@ class Command:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     @property
+    def complete_checkpoints(self) -> list[str]:
+        return [name for name in self.checkpoints if "." not in name]
+
+    @property
     def log(self) -> str:
         return self.output.with_suffix(".log").read_text()
 

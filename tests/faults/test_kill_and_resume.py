@@ -26,6 +26,7 @@ from tests.faults.runs import (
     wait_for_step,
 )
 
+IN_BACKGROUND = ("checkpoint.every_steps=1", "checkpoint.asynchronous=true")
 WATCHDOG_SECONDS = 15
 """Within this, decoding processes notice that the trainer is gone: PyTorch's loader looks every 5 s."""
 
@@ -74,6 +75,17 @@ def test_a_signal_saves_once_and_the_same_command_goes_on(
     assert_same_end(run, whole)
 
 
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
+def test_a_signal_while_a_save_is_under_way_waits_for_it(
+    seed: int, parts: TinyParts, whole: Command, tmp_path: Path
+) -> None:
+    run, chance = command(parts, tmp_path / "run", *IN_BACKGROUND), random.Random(seed)
+    assert interrupted(run, lambda child: os.kill(child, signal.SIGTERM), chance) == 143, run.log
+    assert run.checkpoints == [f"step-{step:08d}" for step in range(1, run.lines() + 1)]
+    assert exit_code(run.start()) == 0, run.log
+    assert_same_end(run, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_second_signal_changes_nothing(seed: int, parts: TinyParts, whole: Command, tmp_path: Path) -> None:
@@ -107,11 +119,12 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "asynchronous"), [(0, "false"), (2, "false"), (2, "true")])
 def test_killed_again_and_again_it_still_ends_bit_equal(
-    workers: int, parts: TinyParts, whole: Command, tmp_path: Path
+    workers: int, asynchronous: str, parts: TinyParts, whole: Command, tmp_path: Path
 ) -> None:
-    run = command(parts, tmp_path / "run", f"data.num_workers={workers}", "checkpoint.every_steps=2")
+    saves = ("checkpoint.every_steps=2", f"checkpoint.asynchronous={asynchronous}")
+    run = command(parts, tmp_path / "run", f"data.num_workers={workers}", *saves)
     chance, kills, groups = random.Random(workers), 0, []
     while kills < 5:
         child = run.start()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_core.testing.datasets import TinyParts, tiny_parts
 from llava_core.train.checkpoint import open_newest
-from tests.faults.runs import STEPS, Command, assert_same_end, command, exit_code, wait_for_step
+from tests.faults.runs import STEPS, Command, assert_same_end, command, exit_code, wait_for, wait_for_step
 
 CONFIG_ERROR, RUN_ERROR = 2, 1
 
@@ -25,9 +25,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 
 
 @pytest.mark.device
-def test_a_run_that_diverges_stops_before_it_spoils_a_checkpoint(parts: TinyParts, tmp_path: Path) -> None:
-    changes = ("optimizer.learning_rate=1e30", "checkpoint.every_steps=1", "optimizer.warmup_fraction=null")
-    run = command(parts, tmp_path / "run", *changes)
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_run_that_diverges_stops_before_it_spoils_a_checkpoint(
+    asynchronous: str, parts: TinyParts, tmp_path: Path
+) -> None:
+    saves = ("checkpoint.every_steps=1", f"checkpoint.asynchronous={asynchronous}")
+    changes = ("optimizer.learning_rate=1e30", "optimizer.warmup_fraction=null")
+    run = command(parts, tmp_path / "run", *changes, *saves)
     assert exit_code(run.start()) == RUN_ERROR
     assert "the weights are intact" in run.log
     assert "Lower the learning rate" in run.log
@@ -83,16 +87,19 @@ def test_a_few_bad_rows_are_left_out_and_resuming_is_exact(parts: TinyParts, tmp
 
 
 @pytest.mark.slow
-def test_a_full_disk_while_saving_keeps_the_checkpoint_before(parts: TinyParts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(
+    asynchronous: str, parts: TinyParts, tmp_path: Path
+) -> None:
     whole = command(parts, tmp_path / "whole")
     assert exit_code(whole.start()) == 0, whole.log
-    run = command(parts, tmp_path / "run", "checkpoint.every_steps=3")
+    saves = ("checkpoint.every_steps=3", f"checkpoint.asynchronous={asynchronous}")
+    run = command(parts, tmp_path / "run", *saves)
     child = run.start()
-    wait_for_step(run, child, 4)
+    wait_for(lambda: bool(run.complete_checkpoints), "first checkpoint")
     os.kill(child, signal.SIGKILL)
     exit_code(child)
-    before = run.checkpoints
-    assert before
+    before = run.complete_checkpoints
 
     def shrink_the_disk() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -100,7 +107,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(parts: TinyParts, 
 
     assert exit_code(run.start(shrink_the_disk)) == RUN_ERROR, run.log
     assert "could not be saved; older checkpoints are untouched" in " ".join(run.log.split())
-    assert run.checkpoints == before
+    assert run.complete_checkpoints == before
     assert exit_code(run.start()) == 0, run.log
     assert_same_end(run, whole)
 

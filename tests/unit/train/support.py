@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,26 @@ def spied_steps(run: Run, taken: list[list[str]]) -> Iterator[None]:
     try:
         yield
     finally:
-        del run.engine.step
+        run.engine.step = step  # type: ignore[method-assign]
+
+
+def before_step(run: Run, act: Callable[[int], object]) -> None:
+    """From now on `act` is called before the engine takes a step, with the step's number, from 1 on."""
+    step, number = run.engine.step, 0
+
+    def acting(*arguments: Any) -> Any:
+        nonlocal number
+        number += 1
+        act(number)
+        return step(*arguments)
+
+    run.engine.step = acting  # type: ignore[method-assign]
+
+
+def checkpoint_files(output: Path) -> dict[str, bytes]:
+    """What each file of each checkpoint of a run holds."""
+    root = output / "checkpoints"
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
 def metrics_rows(output: Path) -> list[dict[str, Any]]:

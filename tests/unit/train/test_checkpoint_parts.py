@@ -55,7 +55,7 @@ def together(size: int, work: Callable[[Processes], T]) -> list[T | Exception]:
 
     def run(rank: int) -> T | Exception:
         try:
-            return work(Thread(rank, size, rank, size, meeting))
+            return work(Thread(rank, size, rank, size, meeting=meeting))
         except (CheckpointError, ValueError, OSError) as error:
             return error
 
