@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava_core.backend import OpSet
-from llava_core.data.conversation import Template
+from llava_core.data.templates import Template, open_template
 from llava_core.engine.hardware import compute_dtype, open_hardware
 from llava_core.engine.opset import Use, build_ops
 from llava_core.inference.assistant import Assistant
@@ -29,7 +29,7 @@ def load_assistant(
         backend: a registered backend; None takes an accelerator that is available, else the CPU.
         precision: `auto`, `bf16`, `fp16` or `fp32`.
         threads: host threads for compute; None lets the backend choose.
-        template: a registered template; None or `tokenizer` for the folder's own chat template.
+        template: a registered template or a YAML file; None or `tokenizer` for the folder's own chat template.
 
     Raises:
         LlavaError: the backend, the precision or the folder cannot be used.
@@ -37,7 +37,7 @@ def load_assistant(
     registry = registry or Registry.discover()
     given: Template | None = None
     if template is not None and template != OWN_TEMPLATE:
-        given = registry.load("template", template)
+        given = open_template(template, registry)
     hardware = open_hardware(backend, registry, threads=threads)
     dtype = compute_dtype(precision, hardware.backend)
 

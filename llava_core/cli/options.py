@@ -13,7 +13,10 @@ BackendOption = Annotated[
 ]
 PrecisionOption = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 TemplateOption = Annotated[
-    str | None, typer.Option(help="A registered template, in place of the folder's own chat template (`tokenizer`).")
+    str | None,
+    typer.Option(
+        help="A registered template or a YAML file, in place of the folder's own chat template (`tokenizer`)."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
 Temperature = Annotated[float, typer.Option(help="Sample at this temperature; 0 is greedy.")]

@@ -90,7 +90,8 @@ class DataConfig(Section):
     images: Path | None = Field(None, description="the folder that image paths are relative to")
     reader: str | None = Field(None, description="a registered reader; by the file's suffix if not given")
     template: str = Field(
-        "v1", description="a registered conversation template, or `tokenizer` for the tokenizer's own"
+        "v1",
+        description="a registered conversation template, a YAML file of one, or `tokenizer` for the tokenizer's own",
     )
     image_aspect: Literal["square", "pad"] = Field("pad", description="crop to a square, or pad to one")
     max_length: PositiveInt = Field(2048, description="tokens of a sample, its visual tokens included")

@@ -26,11 +26,20 @@ def llava_register_readers() -> list[Contribution]:
 @hookimpl
 def llava_register_templates() -> list[Contribution]:
     module = "llava_core.data.templates"
-    return [
-        Contribution("plain", f"{module}:PLAIN", "an image and its caption: LLaVA-1.5's first stage", api_version=1),
-        Contribution("v1", f"{module}:V1", "Vicuna v1: LLaVA-1.5's second stage", api_version=1),
-        Contribution("llama_2", f"{module}:LLAMA_2", "Llama 2 chat", api_version=1),
-        Contribution("llama_3", f"{module}:LLAMA_3", "Llama 3 instruct, as LLaVA-NeXT trains it", api_version=1),
-        Contribution("mistral", f"{module}:MISTRAL", "Mistral instruct", api_version=1),
-        Contribution("chatml", f"{module}:CHATML", "ChatML, as LLaVA-1.6 34B", api_version=1),
+    summaries = {
+        "plain": "an image and its caption: LLaVA-1.5's first stage",
+        "v1": "Vicuna v1: LLaVA-1.5's second stage",
+        "llava_v1": "v1 with the system text of the first LLaVA",
+        "llama_2": "Llama 2 chat",
+        "llama_3": "Llama 3 instruct, as LLaVA-NeXT trains it",
+        "mistral": "Mistral instruct",
+        "chatml": "ChatML, as LLaVA-1.6 34B",
+        "internlm2": "InternLM2 chat, as XTuner trains it",
+        "xtuner_vicuna": "Vicuna without a system text, as XTuner trains it",
+        "nvgpt": "NeMo's nvgpt, with the line that grades an answer",
+        "nv_dpo": "NeMo's nv_dpo",
+    }
+    offered = [
+        Contribution(name, f"{module}:{name.upper()}", summary, api_version=1) for name, summary in summaries.items()
     ]
+    return [*offered, Contribution("vicuna", f"{module}:V1", "another name of v1", api_version=1)]

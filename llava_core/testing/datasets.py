@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_core.data.templates import V1_SYSTEM
+from llava_core.data.templates import V1
 from llava_core.testing.models import save_folder, tiny_model, tiny_text_config, tiny_vision_config
 from llava_core.testing.tokenizers import train_llama_tokenizer
 
@@ -55,7 +55,8 @@ def tiny_parts(folder: Path, num_rows: int = 40, seed: int = 0) -> TinyParts:
     text = tiny_text_config(vocab_size=VOCAB_SIZE, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
     save_folder(tiny_model(text, seed), parts.language)
     rows = write_dataset(parts, num_rows, seed)
-    corpus = [turn["value"] for row in rows for turn in row["conversations"]] + [V1_SYSTEM, "USER: ", "ASSISTANT: "] * 9
+    system = V1.start[0].text.strip()
+    corpus = [turn["value"] for row in rows for turn in row["conversations"]] + [system, "USER: ", "ASSISTANT: "] * 9
     train_llama_tokenizer(parts.language, corpus, VOCAB_SIZE, legacy=False)
     return parts
 

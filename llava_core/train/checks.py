@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.config import RunConfig
+from llava_core.data.piece_template import template_file
 from llava_core.data.records import IMAGE_MARK
 from llava_core.engine.hardware import Hardware
 from llava_core.engine.layout import Layout
@@ -27,6 +28,7 @@ def check_paths(config: RunConfig) -> None:
         **{f"model.{key}": getattr(config.model, key) for key in ("path", "vision", "language", "projector")},
         "data.path": config.data.path,
         "data.images": config.data.images,
+        "data.template": template_file(config.data.template),
     }
     missing = [
         f"\n  {key} = {path}: no such file or folder" for key, path in named.items() if path and not path.exists()

@@ -15,7 +15,7 @@ from llava_core.data.readers import SUFFIX_READERS, Reader, open_reader
 from llava_core.data.records import modality_length
 from llava_core.data.sampler import Grouping, epoch_order
 from llava_core.data.share import WHOLE, Share
-from llava_core.data.templates import Template
+from llava_core.data.templates import Template, open_template
 from llava_core.engine.mesh import Mesh
 from llava_core.errors import BadRow, ConfigError
 from llava_core.inference.chat_template import OWN_TEMPLATE, folder_template
@@ -27,7 +27,7 @@ from llava_core.weights.tokenizer import pad_token_id
 
 
 def find_template(name: str, registry: Registry, tokenizer: Any, source: ModelSource) -> Template:
-    """The conversation template of that name, or the tokenizer's own; one that an export can carry.
+    """The conversation template of that name or file, or the tokenizer's own; one that an export can carry.
 
     Raises:
         ConfigError: no chat template says what this one does, so that an export would answer otherwise than it learnt.
@@ -36,7 +36,7 @@ def find_template(name: str, registry: Registry, tokenizer: Any, source: ModelSo
     if name == OWN_TEMPLATE:
         template = folder_template(source.tokenizer_folder, tokenizer, multimodal=multimodal)
     else:
-        template = registry.load("template", name)
+        template = open_template(name, registry)
     exported_tokenizer(tokenizer, template, multimodal=multimodal)
     return template
 

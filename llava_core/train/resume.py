@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llava_core.data.piece_template import template_file
 from llava_core.engine.parts import local_parts
 from llava_core.errors import CheckpointError
 from llava_core.train.agreement import agree
@@ -144,6 +146,8 @@ def _check_same_run(state: Mapping[str, Any], run: Run, folder: Path) -> None:
 def _settings(run: Run) -> dict[str, Any]:
     flat = _flatten(run.config.model_dump(mode="json"))
     settings = {key: value for key, value in flat.items() if not _is_free(key)}
+    if template_file(run.config.data.template) is not None:  # what it says is compared, not where it lies
+        settings["data.template"] = repr(replace(run.template, name=""))
     return settings | {"train.precision": str(run.engine.model.compute_dtype)}
 
 

@@ -8,19 +8,12 @@ add the tokenizer's BOS to a text that does not start with it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from llava_core.data.chat_template import TokenizerTemplate
-from llava_core.data.conversation import Template
-from llava_core.data.templates import (
-    CHATML_SYSTEM,
-    V1_SYSTEM,
-    VISION_SYSTEM,
-    ChatmlTemplate,
-    InstTemplate,
-    Llama3Template,
-    PlainTemplate,
-    V1Template,
-)
+from llava_core.data.conversation import Span, Template
+from llava_core.data.piece_template import MESSAGE, PieceTemplate
+from llava_core.data.templates import PlainTemplate
 from llava_core.errors import ConfigError
 
 # A message's parts joined to one string, its image moved to the front, as `Template` does before it writes a turn.
@@ -65,49 +58,10 @@ PLAIN = """\
 {%- if messages | length > 1 -%}{{- messages[1]['content'] + '\\n' -}}{%- endif -%}
 """
 
-V1 = """\
-{{- SYSTEM + ' ' -}}
-{%- for message in messages -%}
-  {%- set text = message['content'] -%}
-  {%- if message['role'] == 'user' -%}
-    {{- 'USER: ' + text + ' ' if text else 'USER:' -}}
-  {%- else -%}
-    {{- 'ASSISTANT:' + (' ' + text + '</s>' if text else '') -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
-
-INST = """\
+NEEDS_QUESTION = """\
 {%- if not messages[0]['content'] -%}
   {{- raise_exception('the first question needs words or an image') -}}
 {%- endif -%}
-{%- for message in messages -%}
-  {%- set text = message['content'] -%}
-  {%- if text and message['role'] == 'user' -%}
-    {{- ('' if loop.first else ROUND_START) + '[INST] ' + (HEADER if loop.first else '') + text + ' [/INST]' -}}
-  {%- elif text -%}
-    {{- ' ' + text + ' </s>' -}}
-  {%- endif -%}
-{%- endfor -%}
-"""
-
-CHATML = """\
-{{- '<|im_start|>system\\n' + SYSTEM + '<|im_end|>' -}}
-{%- for message in messages -%}
-  {%- set text = message['content'] -%}
-  {{- '<|im_start|>' + message['role'] + '\\n' + (text + '<|im_end|>' if text else '') -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
-
-LLAMA_3 = """\
-{%- macro header(role) -%}{{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' -}}{%- endmacro -%}
-{{- '<|begin_of_text|>' + header('system') + SYSTEM + '<|eot_id|>' -}}
-{%- for message in messages -%}
-  {{- header(message['role']) + message['content'].strip() + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- header('assistant') -}}{%- endif -%}
 """
 
 
@@ -131,18 +85,10 @@ def chat_template(template: Template, *, multimodal: bool, bos: str) -> str:
 
 
 def _body(template: Template) -> str:
-    match template:
-        case PlainTemplate():
-            return PLAIN
-        case V1Template():
-            return _constant("SYSTEM", V1_SYSTEM) + V1
-        case InstTemplate(system=system, round_start=round_start):
-            header = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
-            return _constant("HEADER", header) + _constant("ROUND_START", round_start) + INST
-        case ChatmlTemplate():
-            return _constant("SYSTEM", CHATML_SYSTEM) + CHATML
-        case Llama3Template():
-            return _constant("SYSTEM", VISION_SYSTEM) + LLAMA_3
+    if isinstance(template, PlainTemplate):
+        return PLAIN
+    if isinstance(template, PieceTemplate):
+        return _of_pieces(template)
     if template.jinja is not None:
         return template.jinja
     raise ConfigError(
@@ -151,5 +97,37 @@ def _body(template: Template) -> str:
     )
 
 
-def _constant(name: str, value: str) -> str:
-    return f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n"
+def _of_pieces(template: PieceTemplate) -> str:
+    human = _message(template.human)
+    if template.first_human != template.human:
+        human = f"{{%- if loop.first -%}}\n{_message(template.first_human)}{{%- else -%}}\n{human}{{%- endif -%}}\n"
+    return "".join(
+        (
+            NEEDS_QUESTION if template.needs_question else "",
+            _message(template.start),
+            "{%- for message in messages -%}\n",
+            f"{{%- set text = message['content']{'.strip()' if template.strip else ''} -%}}\n",
+            f"{{%- if message['role'] == 'user' -%}}\n{human}",
+            f"{{%- else -%}}\n{_message(template.assistant)}{{%- endif -%}}\n",
+            "{%- endfor -%}\n",
+            f"{{%- if add_generation_prompt -%}}\n{_message(template.opening)}{{%- endif -%}}\n",
+        )
+    )
+
+
+def _message(pieces: Sequence[Span]) -> str:
+    """What writes pieces; `text` is the message."""
+    written = []
+    for piece in pieces:
+        before, found, after = piece.text.partition(MESSAGE)
+        if found:
+            written.append(
+                f"{{%- if text -%}}{{{{- {_literal(before)} + text + {_literal(after)} -}}}}{{%- endif -%}}\n"
+            )
+        else:
+            written.append(f"{{{{- {_literal(before)} -}}}}\n")
+    return "".join(written)
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llava_core.config import build_config, load_config, recipe_names, to_yaml
+from llava_core.config import build_config, load_config, to_yaml
 from llava_core.config.load import IncompleteConfig, known_keys
 from llava_core.errors import ConfigError
 
@@ -197,10 +197,6 @@ def test_known_keys_are_whole_paths() -> None:
     keys = set(known_keys())
     assert {"output", "model.path", "optimizer.part_learning_rates.vision", "train.trainable"} <= keys
     assert "model" not in keys
-
-
-def test_there_are_two_recipes() -> None:
-    assert recipe_names() == ["llava15-7b-pretrain", "llava15-7b-sft"]
 
 
 @pytest.mark.parametrize("text", ["/tmp/my runs #2", "/a: b", "2024", "[x]", "{y}", "a=b", "1e3", "x${HOME}"])

@@ -1,4 +1,5 @@
-"""The recipes hold LLaVA-1.5's hyper-parameters: scripts/v1_5/pretrain.sh and finetune.sh of the original."""
+"""The recipes hold the hyper-parameters of their sources: scripts/v1_5/pretrain.sh and finetune.sh of LLaVA-1.5,
+llava_internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_pretrain.py of XTuner, Pai-Megatron-Patch's Llama 3.1."""
 
 from __future__ import annotations
 
@@ -6,13 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from llava_core.config import RunConfig, load_config, to_yaml
+from llava_core.config import RunConfig, load_config, recipe_names, to_yaml
 from llava_core.errors import ConfigError
 from llava_core.train.prepare import check_paths
 
-GIVEN = {
+LLAVA15 = {
     "llava15-7b-pretrain": ["model.vision=clip", "model.language=vicuna", "data.path=d.json", "data.images=i"],
     "llava15-7b-sft": ["model.path=stage1", "data.path=d.json", "data.images=i"],
+}
+GIVEN = {
+    **LLAVA15,
+    "llava-internlm2-20b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
+    "llama31-8b-sft": ["model.path=llama", "data.path=d.json"],
 }
 
 
@@ -20,7 +26,11 @@ def recipe(name: str) -> RunConfig:
     return load_config(name, GIVEN[name])
 
 
-@pytest.mark.parametrize("name", [*GIVEN])
+def test_each_recipe_is_tested_here() -> None:
+    assert recipe_names() == sorted(GIVEN)
+
+
+@pytest.mark.parametrize("name", [*LLAVA15])
 def test_what_both_stages_share(name: str) -> None:
     config = recipe(name)
     optimizer, train = config.optimizer, config.train
@@ -45,6 +55,29 @@ def test_stage_2_trains_projector_and_language_model_on_instructions() -> None:
     assert (config.data.template, config.data.image_aspect, config.data.order) == ("v1", "pad", "modality_length")
 
 
+def test_internlm2_20b() -> None:
+    config = recipe("llava-internlm2-20b-pretrain")
+    optimizer, data = config.optimizer, config.data
+    assert (optimizer.learning_rate, optimizer.betas) == (1e-3, (0.9, 0.999))
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0, 1)
+    assert (optimizer.schedule, optimizer.warmup_fraction, optimizer.final_fraction) == ("cosine", 0.03, 0)
+    assert (config.train.trainable, config.train.epochs, config.batch.global_size) == (("projector",), 1, 32 * 8)
+    text_length = 2048 - (336 // 14) ** 2
+    assert data.max_length == text_length - 1 + (336 // 14) ** 2  # one of XTuner's text tokens stands for the image
+    assert (data.template, data.image_aspect, data.order) == ("internlm2", "square", "shuffled")
+    assert (config.checkpoint.every_steps, config.checkpoint.keep, config.parallel.data) == (500, 2, "grad")
+
+
+def test_llama31_8b() -> None:
+    config = recipe("llama31-8b-sft")
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (1e-5, (0.9, 0.95), 0.1)
+    assert optimizer.final_fraction * optimizer.learning_rate == pytest.approx(1e-6)
+    assert (optimizer.warmup_steps, config.train.max_steps) == (100, 10000)
+    assert (config.batch.global_size, config.data.max_length, config.train.loss) == (8, 128, "sequence_mean")
+    assert (config.train.trainable, config.data.images) == (("language",), None)
+
+
 @pytest.mark.parametrize("name", [*GIVEN])
 def test_a_recipe_says_what_it_still_needs(name: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.path: not set.*pass data\.path=…"):
@@ -64,3 +97,12 @@ def test_paths_that_are_not_there_are_all_listed() -> None:
         check_paths(recipe("llava15-7b-pretrain"))
     for key in ("model.vision = clip", "model.language = vicuna", "data.path = d.json", "data.images = i"):
         assert key in str(raised.value)
+
+
+def test_a_templates_file_is_a_path_too() -> None:
+    given = GIVEN["llama31-8b-sft"]
+    with pytest.raises(ConfigError, match=r"data\.template = mine\.yaml: no such file or folder"):
+        check_paths(load_config("llama31-8b-sft", [*given, "data.template=mine.yaml"]))
+    with pytest.raises(ConfigError) as raised:
+        check_paths(load_config("llama31-8b-sft", [*given, "data.template=mine"]))
+    assert "template" not in str(raised.value)

@@ -3,7 +3,9 @@
 Text is built from message lists and separators, ids come from sentencepiece through the rules of the slow Llama
 tokenizer of transformers 4.37 (which the original ran on), and labels from counting the tokens of each round: no spans
 and no offsets. Sources: haotian-liu/LLaVA llava/conversation.py, llava/mm_utils.py and llava/train/train.py;
-LLaVA-VL/LLaVA-NeXT llava/train/train.py for `llama_3` and for the count of `mpt` rounds.
+LLaVA-VL/LLaVA-NeXT llava/train/train.py for `llama_3` and for the count of `mpt` rounds; for other systems' templates
+xtuner/utils/templates.py and xtuner/dataset/utils.py of InternLM/xtuner, and conversation.py and neva_dataset.py of
+nemo/collections/multimodal/data/neva of NVIDIA/NeMo.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ SYSTEMS = {
     "not make any sense, or is not factually coherent, explain why instead of answering something not correct. If you "
     "don't know the answer to a question, please don't share false information.",
     "mistral": "",
+    "llava_v1": "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions.",
     "chatml": "<|im_start|>system\nAnswer the questions.",
     "llama_3": "You are a helpful language and vision assistant. You are able to understand the visual content that "
     "the user provides, and assist the user with a variety of tasks using natural language.",
@@ -62,7 +66,13 @@ def build_text(template: str, messages: Messages) -> str:
     """The conversation as the original writes it; `messages` are prepared, and the last may be an open answer."""
     if template == "plain":
         return "<image>" + (messages[1][1] or "") + "\n"
-    text = {"v1": SYSTEMS["v1"] + " ", "chatml": SYSTEMS["chatml"] + "<|im_end|>"}.get(template, "")
+    if template in XTUNER:
+        return xtuner_text(messages, **XTUNER[template])
+    if template in NEMO_SYSTEMS:
+        return nemo_text(template, messages)
+    text = SYSTEMS[template] + " " if template in ("v1", "llava_v1") else ""
+    if template == "chatml":
+        text = SYSTEMS["chatml"] + "<|im_end|>"
     if template == "llama_3":
         text = "<|begin_of_text|>" + llama_3_message("system", SYSTEMS["llama_3"])
     for number, (who, said) in enumerate(messages):
@@ -71,7 +81,7 @@ def build_text(template: str, messages: Messages) -> str:
 
 
 def write_message(template: str, number: int, is_human: bool, said: str | None) -> str:
-    if template == "v1":
+    if template in ("v1", "llava_v1"):
         name, end = ("USER:", " ") if is_human else ("ASSISTANT:", "</s>")
         return name + (" " + said + end if said else "")
     if template == "chatml":
@@ -88,6 +98,46 @@ def write_message(template: str, number: int, is_human: bool, said: str | None) 
     if number == 0 and SYSTEMS[template]:
         said = "<<SYS>>\n" + SYSTEMS[template] + "\n<</SYS>>\n\n" + said
     return ("<s>" if number and template == "llama_2" else "") + "[INST] " + said + " [/INST]"
+
+
+XTUNER = {
+    "internlm2": {
+        "instruction": "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
+        "suffix": "<|im_end|>",
+        "sep": "\n",
+    },
+    "xtuner_vicuna": {"instruction": "USER: {input} ASSISTANT:", "suffix": "", "sep": "\n"},
+}
+"""PROMPT_TEMPLATE's internlm2_chat and vicuna; the system text is the data's, and LLaVA's data has none."""
+
+NEMO_SYSTEMS = {"nvgpt": SYSTEMS["v1"] + "\n\n", "nv_dpo": "\n"}
+NEMO_LABEL = (
+    "<extra_id_2>quality:4,toxicity:0,humor:0,creativity:0,helpfulness:4,correctness:4,coherence:4,complexity:4,"
+    "verbosity:4\n"
+)
+
+
+def xtuner_text(messages: Messages, instruction: str, suffix: str, sep: str) -> str:
+    """Rounds; without a suffix of its own an answer ends with EOS, and the next round has a BOS."""
+    text = ""
+    for number in range(0, len(messages), 2):
+        said, answer = messages[number][1] or "", messages[number + 1][1]
+        text += ("<s>" if number and not suffix else "") + instruction.format(input=said)
+        if answer is None:
+            return text
+        # Without a suffix the answer's own word mark stands between it and "ASSISTANT:".
+        text += (answer + suffix if suffix else (" " + answer if answer else "") + "</s>") + sep
+    return text
+
+
+def nemo_text(template: str, messages: Messages) -> str:
+    text = "<extra_id_0>System\n" + NEMO_SYSTEMS[template] + "<extra_id_1>"
+    for who, said in messages:
+        role, label = ("User\n", "") if who == "human" else ("Assistant\n", NEMO_LABEL if template == "nvgpt" else "")
+        if said is None:
+            return text + role + label
+        text += role + (label + said + "\n<extra_id_1>" if label + said else "")
+    return text
 
 
 def llama_3_message(role: str, said: str) -> str:

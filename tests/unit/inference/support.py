@@ -15,15 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava_core.data.images import Aspect, ImageProcessor
-from llava_core.data.templates import CHATML_SYSTEM, LLAMA_2_SYSTEM, V1_SYSTEM, VISION_SYSTEM
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
 from llava_core.testing.models import tiny_llava_config, tiny_model, tiny_text_config, tiny_vision_config
 from llava_core.testing.tokenizers import train_llama3_tokenizer, train_llama_tokenizer
 from llava_core.weights.hf_config import model_spec
 from tests.parity.support import build_ours
+from tests.unit.data.original_rules import SYSTEMS
 
-CORPUS = [V1_SYSTEM, LLAMA_2_SYSTEM, VISION_SYSTEM, CHATML_SYSTEM, "USER: What is this? ASSISTANT: A cat.\n"] * 3
+SPOKEN = ["Answer the questions.", "USER: What is this? ASSISTANT: A cat.\n"]
+CORPUS = [SYSTEMS["v1"], SYSTEMS["llama_2"], SYSTEMS["llama_3"], *SPOKEN] * 3
 VOCAB_SIZE = 384
 SIZES = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 PROCESSOR = ImageProcessor(resize=24, crop=(24, 24))

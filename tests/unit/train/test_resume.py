@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava_core.data.records import modality_length
+from llava_core.data.templates import FILES
 from llava_core.errors import CheckpointError, DataError
 from llava_core.testing.datasets import TinyParts, tiny_parts
 from llava_core.train import resume
+from llava_core.train.prepare import Run
 from tests.unit.train.support import assert_bit_equal, engine_tensors, metrics_rows, run_to_end, tiny_run
 
 STEPS = 7  # five are an epoch: the last of the first epoch, of 4 rows, and both sides of it are among them
@@ -148,6 +151,23 @@ def test_a_changed_setting_is_refused_by_its_name(
     with pytest.raises(CheckpointError, match=key):
         resume.resume(run)
     assert_bit_equal(engine_tensors(run), before)
+
+
+def test_a_template_file_may_move_and_must_not_change(parts: TinyParts, tmp_path: Path) -> None:
+    file = resources.files(FILES) / "v1.yaml"
+    first, moved, changed = (tmp_path / folder / "talk.yaml" for folder in ("first", "moved", "changed"))
+    for path in (first, moved, changed):
+        path.parent.mkdir()
+        path.write_text(file.read_text())
+    changed.write_text(changed.read_text().replace("curious user", "curious child"))
+
+    def run_with(template: Path) -> Run:
+        return tiny_run(parts, tmp_path / "run", f"data.template={template}")
+
+    resume.save(run_with(first), 1)
+    assert resume.resume(run_with(moved))[0] == 1
+    with pytest.raises(CheckpointError, match=r"data\.template: was .*curious user.* is .*curious child"):
+        resume.resume(run_with(changed))
 
 
 @pytest.mark.parametrize(

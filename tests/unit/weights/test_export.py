@@ -24,6 +24,7 @@ from transformers import (
 from llava_core.backend import OpSet
 from llava_core.data.chat_template import tokenizer_template
 from llava_core.data.packing import build_batch
+from llava_core.data.piece_template import parse_template
 from llava_core.data.records import Turn
 from llava_core.data.templates import BUILTIN_TEMPLATES, V1, Template
 from llava_core.errors import ConfigError, WeightsError
@@ -49,6 +50,14 @@ TURNS = (
     Turn("human", " Is it\nblack? "),
     Turn("assistant", "No"),
 )
+TALK = r"""
+start: ["'{}' \"\\ {{ messages }} {% raw %}\n"]
+first_human: ["Q1:", "{text}|é▁"]
+human: ["Q:", "{text}|"]
+assistant: ["A:", {train: "{text}"}, {train: "#"}, "\n"]
+strip: true
+needs_question: true
+"""
 # fp32, unit-scale logits, sums of at most 200 terms in another order.
 LOGIT_TOLERANCE = 2e-5
 
@@ -209,6 +218,19 @@ def test_empty_messages_are_written_as_in_training(tmp_path: Path) -> None:
         strings = [{"role": m["role"], "content": t.text} for m, t in zip(messages(turns), turns, strict=True)]
         assert tok.chat_template == source
         assert tok.apply_chat_template(strings, tokenize=False) == BUILTIN_TEMPLATES[name].render(turns).text
+
+
+def test_a_template_files_chat_template_writes_its_text(tmp_path: Path) -> None:
+    template = parse_template(TALK, "talk", "talk.yaml")
+    tok = AutoTokenizer.from_pretrained(run_export(tmp_path / "hf", template=template))
+    for said in (("a", " b "), ("a", "b", "", "", "c", "{text}")):
+        turns = tuple(Turn(("human", "assistant")[i % 2], text) for i, text in enumerate(said))
+        strings = [{"role": m["role"], "content": t.text} for m, t in zip(messages(turns), turns, strict=True)]
+        assert tok.apply_chat_template(strings, tokenize=False) == template.render(turns).text
+        prompt = tok.apply_chat_template(strings[:-1], tokenize=False, add_generation_prompt=True)
+        assert prompt == template.prompt(turns[:-1]).text
+    with pytest.raises(TemplateError, match="needs words or an image"):
+        tok.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
 
 
 @pytest.mark.parametrize(
