@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llava_core.data.batch import Labelled
+from llava_core.engine.context import share_sequences
 from llava_core.engine.layout import Layout
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.parts import local_parts
@@ -31,6 +32,8 @@ LAYOUTS = {
     "shard_4": Layout(shard=4),
     "replicate_2": Layout(replicate=2),
     "hybrid_2x2": Layout(replicate=2, shard=2),
+    "context_2": Layout(context=2),
+    "shard_2_context_2": Layout(shard=2, context=2),
 }
 
 
@@ -42,7 +45,10 @@ def this_process() -> Processes:
 def tiny_engine(layout: Layout, seed: int) -> TorchEngine:
     model, spec = hf_model(seed=seed)
     mesh = None if layout.world_size == 1 else Mesh.build(this_process(), layout, hardware().device.type)
-    return engine(model, spec, mesh=mesh)
+    trained = engine(model, spec, mesh=mesh, reference_ops=layout.context > 1)
+    if mesh is not None and layout.context > 1:
+        share_sequences(trained.model, mesh.devices["cp"])
+    return trained
 
 
 def take_step(trained: TorchEngine, number: int) -> float:
@@ -127,9 +133,10 @@ def go_on(layout: Layout, root: Path) -> list[float]:
     return [take_step(trained, number) for number in (2, 3)]
 
 
-def test_training_goes_on_under_another_layout(saved: Saved) -> None:
-    (expected,) = run_processes(1, go_on, LAYOUTS["one"], saved.roots["shard_2"])
-    for found in run_processes(2, go_on, LAYOUTS["shard_2"], saved.roots["shard_2"]):
+@pytest.mark.parametrize(("first", "second"), [("shard_2", "shard_2"), ("context_2", "shard_2"), ("one", "context_2")])
+def test_training_goes_on_under_another_layout(first: str, second: str, saved: Saved) -> None:
+    (expected,) = run_processes(1, go_on, LAYOUTS["one"], saved.roots[first])
+    for found in run_processes(2, go_on, LAYOUTS[second], saved.roots[first]):
         assert found == pytest.approx(expected, rel=1e-5)  # sums over processes; measured 1e-7
 
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import PretrainedConfig
 
 from llava_core.backend import MaskSpec
 from llava_core.backend.ops import CATALOGUE
@@ -30,6 +31,7 @@ from llava_core.engine.processes import Processes
 from llava_core.engine.shard import Sharding
 from llava_core.engine.torch_engine import TorchEngine
 from llava_core.errors import ConfigError
+from llava_core.testing.models import tiny_text_config
 from tests.distributed.processes import run_processes
 from tests.hardware import hardware
 from tests.unit.engine.support import batches, engine, examples, hf_model
@@ -137,6 +139,7 @@ class Case:
     trainable: tuple[str, ...] = ("projector", "language")
     recompute: bool = False
     compiled: bool = False
+    window: int | None = None
 
 
 CASES = {
@@ -148,6 +151,8 @@ CASES = {
     "stage_1": Case(Layout(context=2), trainable=("projector",)),
     "everything": Case(Layout(context=2), trainable=("vision", "projector", "language")),
     "recompute": Case(Layout(context=2), recompute=True),
+    "window": Case(Layout(context=2), window=5),
+    "window_four": Case(Layout(context=4), window=9),
 }
 
 
@@ -158,7 +163,7 @@ def step_batches(number: int, spec: Any) -> list[Batch]:
 
 
 def build_engine(case: Case, mesh: Mesh | None) -> tuple[TorchEngine, Any]:
-    model, spec = hf_model()
+    model, spec = hf_model(text=None if case.window is None else mistral(case.window))
     sharding = Sharding(case.keep_weights, torch.float32)
     # Attention's reference: the kernel that this engine would choose was asked for packed masks alone.
     trained = engine(model, spec, trainable=case.trainable, mesh=mesh, sharding=sharding, reference_ops=True)
@@ -171,6 +176,11 @@ def build_engine(case: Case, mesh: Mesh | None) -> tuple[TorchEngine, Any]:
         for layer in decoder.layers:
             layer.compile(backend="aot_eager", dynamic=True)
     return trained, spec
+
+
+def mistral(window: int) -> PretrainedConfig:
+    """Its layers see so many tokens back."""
+    return tiny_text_config("mistral", num_key_value_heads=2, sliding_window=window)
 
 
 def train(case: Case, mesh: Mesh | None) -> list[tuple[float, float]]:
@@ -210,6 +220,11 @@ def check_steps(case: Case) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_one_process(name: str) -> None:
     check_steps(CASES[name])
+
+
+def test_the_window_counts() -> None:
+    windows = [train(Case(Layout(), window=window), None)[0] for window in (5, 9)]
+    assert windows[0] != pytest.approx(windows[1], rel=100 * TOLERANCE)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import distributed
 from llava_core.config import build_config
 from llava_core.engine.processes import Processes
 from llava_core.plugins import Registry
-from llava_core.testing.datasets import TinyParts, tiny_parts
+from llava_core.testing.datasets import VOCAB_SIZE, TinyParts, tiny_parts
+from llava_core.testing.models import save_folder, tiny_model, tiny_text_config
 from llava_core.train import loop, resume
 from llava_core.train.interrupt import StopRequest
 from llava_core.train.prepare import open_run, prepare
@@ -80,15 +82,35 @@ def test_the_numbers_are_those_of_one_process(
     assert_same_numbers(tmp_path / "many", tmp_path / "one")
 
 
-def test_a_run_stopped_on_one_layout_goes_on_on_another(parts: TinyParts, tmp_path: Path) -> None:
-    """Three processes, then one, then two; each takes up the state of the one before."""
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [(3,), (1,), (2, "parallel.data=replicate")],
+        [(2, "parallel.context=2"), (1,), (4, "parallel.context=2", "parallel.tensor=2")],
+        [(2, "parallel.tensor=2"), (4, "parallel.context=2"), (3, "parallel.data=grad")],
+    ],
+    ids=["data", "context", "products"],
+)
+def test_a_run_stopped_on_one_layout_goes_on_on_another(
+    starts: list[tuple[Any, ...]], parts: TinyParts, tmp_path: Path
+) -> None:
+    """Each start takes up the state of the one before and does two steps."""
     train(tiny_settings(parts, tmp_path / "one"))
     output = tmp_path / "many"
-    assert run_processes(3, train_two_steps, tiny_settings(parts, output)) == [2] * 3
-    assert train_two_steps(tiny_settings(parts, output)) == 4
-    replicas = tiny_settings(parts, output, "parallel.data=replicate")
-    assert run_processes(2, train_two_steps, replicas) == [6] * 2
+    for done, (size, *layout) in zip((2, 4, 6), starts, strict=True):
+        assert run_processes(size, train_two_steps, tiny_settings(parts, output, *layout)) == [done] * size
     assert_same_numbers(output, tmp_path / "one")
+
+
+def test_a_model_with_a_sliding_window_trains_alike_on_shared_sequences(parts: TinyParts, tmp_path: Path) -> None:
+    """Mistral, with a window that is shorter than most samples, on the kernels that a run chooses."""
+    language = Path(shutil.copytree(parts.language, tmp_path / "mistral"))
+    text = tiny_text_config("mistral", vocab_size=VOCAB_SIZE, num_key_value_heads=2, sliding_window=6)
+    save_folder(tiny_model(text), language)
+    train(tiny_settings(parts, tmp_path / "one", f"model.language={language}"))
+    shared = tiny_settings(parts, tmp_path / "many", f"model.language={language}", "parallel.context=2")
+    assert run_processes(2, train, shared) == [6] * 2
+    assert_same_numbers(tmp_path / "many", tmp_path / "one")
 
 
 def test_a_process_whose_rows_are_all_unusable_goes_along(parts: TinyParts, tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,12 @@ pytestmark = pytest.mark.npu
 TOLERANCE = 2e-6
 """Relative, in fp32: the same sums in another order, over six steps. Measured 4e-7."""
 
+STOPPED = 3
+SAVES = (f"checkpoint.every_steps={STOPPED}", "checkpoint.keep=null", "checkpoint.asynchronous=true")
+ONE_HOST = ("--backend", "cpu")
+ONE = ("--backend", "npu")
+TWO = ("--backend", "npu", "--nproc", "2")
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
@@ -25,28 +31,67 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 
 
 @pytest.fixture(scope="module")
-def alone(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return train(parts, tmp_path_factory.mktemp("alone") / "run")
+def alone(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(parts, tmp_path_factory.mktemp("alone") / "run", *ONE)
 
 
-def train(parts: TinyParts, output: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The steps' metrics of `llava-core train`."""
-    config = output.with_suffix(".yaml")
-    config.write_text(json.dumps(parts.settings(output)))  # JSON is YAML
-    command = [sys.executable, "-m", "llava_core", "train", str(config), "--backend", "npu", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def spread(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sharded over two NPUs, and saved."""
+    return train(parts, tmp_path_factory.mktemp("spread") / "run", *TWO, *SAVES)
 
 
-@pytest.mark.parametrize(
-    "overrides", [(), ("parallel.tensor=2",), ("parallel.context=2",)], ids=["data", "tensor", "context"]
-)
-def test_two_processes_have_the_numbers_of_one(
-    overrides: tuple[str, ...], alone: list[dict[str, Any]], device: torch.device, parts: TinyParts, tmp_path: Path
-) -> None:
+@pytest.fixture(autouse=True)
+def two_devices(device: torch.device) -> None:
     if torch.npu.device_count() < 2:
         pytest.skip("two processes need two devices")
-    found = train(parts, tmp_path / "run", "--nproc", "2", *overrides)
-    assert [row["loss"] for row in found] == [pytest.approx(row["loss"], rel=TOLERANCE) for row in alone]
-    assert [row["grad_norm"] for row in found] == [pytest.approx(row["grad_norm"], rel=TOLERANCE) for row in alone]
+
+
+def train(parts: TinyParts, output: Path, *arguments: str) -> Path:
+    """The folder of `llava-core train`, and beside it what was printed."""
+    config = output.with_suffix(".yaml")
+    config.write_text(json.dumps(parts.settings(output)))  # JSON is YAML
+    command = [sys.executable, "-m", "llava_core", "train", str(config), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    output.with_suffix(".log").write_text(done.stdout)
+    return output
+
+
+def assert_same_numbers(found: Path, expected: Path) -> None:
+    for key in ("step", "loss", "grad_norm"):
+        assert column(found, key) == pytest.approx(column(expected, key), rel=TOLERANCE)
+
+
+def column(output: Path, key: str) -> list[float]:
+    """What each step's line of metrics says."""
+    return [json.loads(line)[key] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_have_the_numbers_of_one(spread: Path, alone: Path) -> None:
+    assert_same_numbers(spread, alone)
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.context=2"])
+def test_so_they_have_where_they_share_more(layout: str, alone: Path, parts: TinyParts, tmp_path: Path) -> None:
+    assert_same_numbers(train(parts, tmp_path / "run", *TWO, layout), alone)
+
+
+def goes_on(parts: TinyParts, whole: Path, output: Path, *arguments: str) -> Path:
+    """A run that was stopped where `whole` had saved, and given another command."""
+    name = f"checkpoints/step-{STOPPED:08d}"
+    shutil.copytree(whole / name, output / name)
+    shutil.copy(whole / "metrics.jsonl", output)
+    train(parts, output, *arguments)
+    assert f"resumed after step {STOPPED}" in output.with_suffix(".log").read_text()
+    assert column(output, "loss")[:STOPPED] == column(whole, "loss")[:STOPPED]
+    return output
+
+
+def test_one_host_goes_on_from_two_npus(spread: Path, alone: Path, parts: TinyParts, tmp_path: Path) -> None:
+    assert_same_numbers(goes_on(parts, spread, tmp_path / "run", *ONE_HOST), alone)
+
+
+def test_two_npus_go_on_from_one_host(alone: Path, parts: TinyParts, tmp_path: Path) -> None:
+    whole = train(parts, tmp_path / "whole", *ONE_HOST, *SAVES)
+    assert_same_numbers(goes_on(parts, whole, tmp_path / "run", *TWO), alone)
