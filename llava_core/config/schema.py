@@ -164,7 +164,14 @@ class TrainConfig(Section):
         "token_mean",
         description="mean over the step's tokens; of micro-batch means (the original's); of sequence means",
     )
-    recompute: bool = Field(False, description="recompute decoder layers in the backward pass to save memory")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what the backward pass computes again, to save memory: nothing; what is cheap (norms, "
+        "activations, casts); or whole layers",
+    )
+    recompute_layers: PositiveInt | None = Field(
+        None, description="so many of the decoder's first layers, the others keep all; null recomputes in each"
+    )
     compile: bool = Field(False, description="torch.compile each decoder layer")
     deterministic: bool = Field(True, description="only kernels that give the same bits for the same input")
     seed: Annotated[int, Number, Field(ge=0, lt=2**63)] = 0
@@ -175,6 +182,8 @@ class TrainConfig(Section):
             raise PydanticCustomError(NOT_GIVEN, "set epochs or max_steps: a run needs an end")
         if not self.trainable or len(set(self.trainable)) != len(self.trainable):
             raise ValueError(f"trainable = {list(self.trainable)}: name at least one part, each once")
+        if self.recompute_layers is not None and self.recompute == "none":
+            raise ValueError("recompute_layers counts layers that recompute: set recompute to selective or full, too")
         return self
 
 

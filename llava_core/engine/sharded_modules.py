@@ -49,7 +49,7 @@ class ShardedLinear(Linear):
         return sharded
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight).to(x.dtype))
+        return F.linear(x, self.cast(local(self.weight), x.dtype))
 
 
 class ReplicatedNorm(RmsNorm):

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llava_core.backend import MaskSpec, OpSet
 from llava_core.model.layers import Linear, RmsNorm
@@ -86,11 +85,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm.
-
-    Attributes:
-        recompute: keep only each layer's input for the backward pass and compute the rest again.
-    """
+    """Embedding, layers and final norm."""
 
     def __init__(self, spec: TextSpec, ops: OpSet) -> None:
         super().__init__()
@@ -98,7 +93,6 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(spec, i, ops) for i in range(spec.num_layers))
         self.norm = RmsNorm(spec.hidden_size, spec.norm_eps, ops)
-        self.recompute = False
 
     def forward(
         self,
@@ -115,11 +109,7 @@ class Decoder(nn.Module):
         angles = rotary_angles(self.spec, positions, x.dtype)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            arguments = (x, angles, mask, cache, select if i == last else None)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x = layer(*arguments)
+            x = layer(x, angles, mask, cache, select if i == last else None)
         return self.norm(x)
 
 

@@ -19,9 +19,12 @@ from llava_core.errors import ConfigError
 class Linear(nn.Linear):
     """y = x Wᵀ + b in x's dtype."""
 
+    cast: Callable[[Tensor, torch.dtype], Tensor] = staticmethod(Tensor.to)
+    """How the weight is cast; an engine that forgets casts until the backward pass sets another."""
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, self.cast(self.weight, x.dtype), bias)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -106,6 +106,20 @@ def check_trainable(config: RunConfig, spec: ModelSpec) -> frozenset[str]:
     return trainable
 
 
+def check_recompute(config: RunConfig, spec: ModelSpec) -> None:
+    """The model has as many layers as are to be recomputed.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    wanted, found = config.train.recompute_layers, spec.text.num_layers
+    if wanted is not None and wanted > found:
+        raise ConfigError(
+            f"train.recompute_layers = {wanted}: the language model has {found} layers; lower it, or leave it out to "
+            "recompute in each."
+        )
+
+
 def check_data_settings(config: RunConfig, spec: ModelSpec) -> None:
     """The data's settings mean something to this model.
 

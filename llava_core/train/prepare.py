@@ -22,6 +22,7 @@ from llava_core.engine.layout import Layout
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.opset import Use, build_ops
 from llava_core.engine.processes import Processes
+from llava_core.engine.recompute import Keeping, arrange_layers
 from llava_core.engine.shard import Sharding, part_of, shard_data
 from llava_core.engine.tensor import check_tensor, shard_tensors
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
@@ -32,6 +33,7 @@ from llava_core.train.checks import (
     check_backend,
     check_data_settings,
     check_paths,
+    check_recompute,
     check_shares,
     check_trackers,
     check_trainable,
@@ -97,6 +99,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     source = open_source(config.model)
     trainable = check_trainable(config, source.spec)
     check_tensor(source.spec, config.parallel.tensor)
+    check_recompute(config, source.spec)
     check_data_settings(config, source.spec)
     use = Use(
         dtype,
@@ -140,17 +143,15 @@ def build_mesh(config: RunConfig, processes: Processes, hardware: Hardware) -> M
 
 
 def arrange(model: Llava, *, config: RunConfig, mesh: Mesh | None) -> None:
-    """What a model is made into while it has no memory: recomputed, compiled, spread over processes."""
-    decoder = model.language_model.model
-    decoder.recompute = config.train.recompute
-    if config.train.compile:
-        for layer in decoder.layers:
-            layer.compile(dynamic=True)
+    """What a model is made into while it has no memory: spread over processes, compiled, recomputed."""
     if mesh is not None:
         if mesh.layout.context > 1:
             share_sequences(model, mesh.devices["cp"])
         if mesh.layout.tensor > 1:
             shard_tensors(model, mesh.devices["tp"], sequence=config.parallel.sequence)
+    train = config.train
+    arrange_layers(model, Keeping(train.recompute, train.recompute_layers, compiled=train.compile))
+    if mesh is not None:
         shard_data(model, mesh, Sharding.of(config.parallel.data, config.parallel.reduce_dtype))
 
 

@@ -25,6 +25,8 @@ FREE_TO_CHANGE = (
     "log.",
     "backend.",
     "parallel.",
+    "train.recompute",
+    "train.recompute_layers",
     "data.num_workers",
     "data.max_bad_fraction",
     # Where the files lie; what they hold is compared by itself.

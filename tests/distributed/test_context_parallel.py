@@ -28,6 +28,7 @@ from llava_core.engine.loss import label_weights
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.opset import Use, requests
 from llava_core.engine.processes import Processes
+from llava_core.engine.recompute import Keeping, Recompute, arrange_layers
 from llava_core.engine.shard import Sharding
 from llava_core.engine.torch_engine import TorchEngine
 from llava_core.errors import ConfigError
@@ -137,7 +138,7 @@ class Case:
     layout: Layout
     keep_weights: bool = False
     trainable: tuple[str, ...] = ("projector", "language")
-    recompute: bool = False
+    recompute: Recompute = "none"
     compiled: bool = False
     window: int | None = None
 
@@ -150,9 +151,10 @@ CASES = {
     "hybrid": Case(Layout(replicate=2, shard=2, context=2)),
     "stage_1": Case(Layout(context=2), trainable=("projector",)),
     "everything": Case(Layout(context=2), trainable=("vision", "projector", "language")),
-    "recompute": Case(Layout(context=2), recompute=True),
     "window": Case(Layout(context=2), window=5),
     "window_four": Case(Layout(context=4), window=9),
+    "selective": Case(Layout(context=2), recompute="selective"),
+    "full": Case(Layout(context=2), recompute="full"),
 }
 
 
@@ -168,9 +170,9 @@ def build_engine(case: Case, mesh: Mesh | None) -> tuple[TorchEngine, Any]:
     # Attention's reference: the kernel that this engine would choose was asked for packed masks alone.
     trained = engine(model, spec, trainable=case.trainable, mesh=mesh, sharding=sharding, reference_ops=True)
     decoder = trained.model.language_model.model
-    decoder.recompute = case.recompute
     if mesh is not None:
         share_sequences(trained.model, mesh.devices["cp"])
+    arrange_layers(trained.model, Keeping(case.recompute))
     if case.compiled:
         torch.compiler.reset()  # a fork inherits what earlier tests compiled, and there is a limit to it
         for layer in decoder.layers:

@@ -15,6 +15,7 @@ from llava_core.engine.layout import Layout
 from llava_core.engine.loss import LossMode
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.processes import Processes
+from llava_core.engine.recompute import Keeping, Recompute, arrange_layers
 from llava_core.engine.shard import Sharding
 from llava_core.errors import TrainingError
 from tests.distributed.processes import run_processes
@@ -34,7 +35,7 @@ class Case:
     keep_weights: bool = False
     loss: LossMode = "token_mean"
     trainable: tuple[str, ...] = ("projector", "language")
-    recompute: bool = False
+    recompute: Recompute = "none"
 
 
 CASES = {
@@ -47,7 +48,8 @@ CASES = {
     "everything": Case(Layout(shard=2), trainable=("vision", "projector", "language")),
     "sequence_mean": Case(Layout(shard=2), loss="sequence_mean"),
     "micro_batch_mean": Case(Layout(replicate=2), loss="micro_batch_mean"),
-    "recompute": Case(Layout(shard=2), recompute=True),
+    "selective": Case(Layout(shard=2), recompute="selective"),
+    "recompute": Case(Layout(shard=2), recompute="full"),
 }
 
 
@@ -62,7 +64,7 @@ def train(case: Case, mesh: Mesh | None) -> tuple[list[tuple[float, float]], dic
     model, spec = hf_model()
     sharding = Sharding(case.keep_weights, torch.float32)
     trained = engine(model, spec, trainable=case.trainable, loss=case.loss, mesh=mesh, sharding=sharding)
-    trained.model.language_model.model.recompute = case.recompute
+    arrange_layers(trained.model, Keeping(case.recompute))
     results = []
     for number in range(STEPS):
         whole = step_batches(number, spec)

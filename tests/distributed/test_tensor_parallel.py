@@ -27,6 +27,7 @@ from llava_core.engine.mesh import Mesh
 from llava_core.engine.norm import clip_gradients, global_norm
 from llava_core.engine.optimizer import parameter_groups
 from llava_core.engine.processes import Processes
+from llava_core.engine.recompute import Keeping, Recompute, arrange_layers
 from llava_core.engine.shard import Sharding, shard_data
 from llava_core.engine.sharded_modules import distribute
 from llava_core.engine.tensor import check_tensor, shard_tensors
@@ -105,10 +106,10 @@ def backward(model: Llava, batch: Batch) -> tuple[float, dict[str, Tensor]]:
 
 
 def gradients(
-    name: str, trainable: Collection[str], size: int = 1, sequence: bool = False, recompute: bool = False
+    name: str, trainable: Collection[str], size: int = 1, sequence: bool = False, recompute: Recompute = "none"
 ) -> tuple[float, dict[str, Tensor]]:
     model = build(name, trainable, size, sequence)
-    model.language_model.model.recompute = recompute
+    arrange_layers(model, Keeping(recompute))
     return backward(model, batch_of(name))
 
 
@@ -144,10 +145,10 @@ def test_loss_and_gradients_are_those_of_one_process(
         assert largest_error(found, expected) < GRADIENT_ERROR
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_recomputing_layers_changes_no_bit(sequence: bool) -> None:
+@pytest.mark.parametrize(("sequence", "recompute"), [(False, "full"), (True, "full"), (True, "selective")])
+def test_recomputing_layers_changes_no_bit(sequence: bool, recompute: Recompute) -> None:
     kept = run_processes(2, gradients, "grouped", STAGE_2, 2, sequence)
-    again = run_processes(2, gradients, "grouped", STAGE_2, 2, sequence, True)
+    again = run_processes(2, gradients, "grouped", STAGE_2, 2, sequence, recompute)
     assert [loss for loss, _ in kept] == [loss for loss, _ in again]
     for (_, first), (_, second) in zip(kept, again, strict=True):
         assert all(torch.equal(first[n], second[n]) for n in first)

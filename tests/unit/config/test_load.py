@@ -42,6 +42,15 @@ def problem(file: Path, *overrides: str) -> str:
     return str(raised.value)
 
 
+def test_recompute_takes_a_word(file: Path) -> None:
+    assert "train.recompute = True: Input should be 'none', 'selective' or 'full'" in problem(file, "train.recompute=true")
+    assert load_config(str(file), ["train.recompute=selective"]).train.recompute == "selective"
+
+
+def test_a_number_of_layers_needs_something_to_recompute(file: Path) -> None:
+    assert "set recompute to selective or full, too" in problem(file, "train.recompute_layers=2")
+
+
 @pytest.mark.parametrize(
     ("override", "key", "nearest"),
     [

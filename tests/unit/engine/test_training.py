@@ -90,20 +90,6 @@ def test_without_a_limit_the_norm_is_still_reported() -> None:
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trainable", [("projector",), ("vision", "projector", "language")])
-def test_recomputing_layers_changes_no_bit(trainable: tuple[str, ...], dtype: torch.dtype) -> None:
-    model, spec = hf_model(seed=8)
-    plain, recomputing = (engine(model, spec, trainable=trainable, dtype=dtype) for _ in range(2))
-    recomputing.model.language_model.model.recompute = True
-    for number in range(2):
-        step = batches(examples(spec, seed=number), SPLIT)
-        assert recomputing.step(step, 1.0) == plain.step(step, 1.0)
-    for (name, found), expected in zip(recomputing.model.named_parameters(), plain.model.parameters(), strict=True):
-        assert torch.equal(found, expected), name
-
-
-@pytest.mark.device
 def test_bf16_stays_near_fp32() -> None:
     model, spec = hf_model(seed=9)
     full, half = (engine(model, spec, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))

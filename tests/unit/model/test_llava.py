@@ -51,29 +51,6 @@ def loss_and_gradients(model: Llava, batch):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.device
-@DTYPES
-@pytest.mark.parametrize("trainable", [ALL_PARTS, {"projector"}], ids=["all", "projector"])
-def test_recompute_changes_no_bit(build, dtype, trainable):
-    model = build(trainable, dtype)
-    batch = mixed_batch(model)
-    loss, gradients = loss_and_gradients(model, batch)
-    model.language_model.model.recompute = True
-    again, gradients_again = loss_and_gradients(model, batch)
-    assert torch.equal(loss, again)
-    assert gradients.keys() == gradients_again.keys()
-    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
-
-
-def test_recompute_runs_each_layer_twice(build):
-    model = build()
-    calls = count_calls(model.language_model.model.layers)
-    loss_and_gradients(model, mixed_batch(model))
-    model.language_model.model.recompute = True
-    loss_and_gradients(model, mixed_batch(model))
-    assert [calls[i] for i in range(2)] == [3, 3]
-
-
 def count_calls(modules) -> Counter[int]:
     """How often each module is started from now on, by its index. (A recomputation may stop before a module's end.)"""
     calls: Counter[int] = Counter()

@@ -49,6 +49,11 @@ def test_samples_longer_than_the_models_positions(parts: TinyParts, tmp_path: Pa
     assert "256 positions" in said
 
 
+def test_more_layers_to_recompute_than_there_are(parts: TinyParts, tmp_path: Path) -> None:
+    said = refusal(parts, tmp_path / "run", train={"recompute": "full", "recompute_layers": 3})
+    assert "train.recompute_layers = 3: the language model has 2 layers" in said
+
+
 def test_a_tokenizer_with_tokens_beyond_the_embedding(parts: TinyParts, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from llava_core.config import build_config, load_config
@@ -141,14 +140,15 @@ def step_losses(run: Run, count: int) -> list[float]:
 
 
 @torch._dynamo.config.patch(recompile_limit=1000)  # beyond it nothing is compiled or counted
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_compiled_layers_are_not_compiled_anew_for_each_batch(
-    parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recompute: str, parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = CompileCounter()  # captures graphs and runs them as they are: the C++ compiler would take a minute
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     torch._dynamo.reset()
     plain = step_losses(tiny_run(parts, tmp_path / "plain"), 14)
-    run = tiny_run(parts, tmp_path / "run", "train.compile=true")
+    run = tiny_run(parts, tmp_path / "run", "train.compile=true", f"train.recompute={recompute}")
     # Once there was a micro-batch of each kind (one sample, equal lengths, different lengths) nothing is new.
     first = step_losses(run, 8)
     graphs = counter.frame_count

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "modality_length": ("batch.micro_tokens=null", "batch.micro_size=2", "data.order=modality_length"),
     "modality_length_packed": ("data.order=modality_length", "train.trainable=[projector]"),
     "workers": ("data.num_workers=2",),
-    "bf16_everything": ("train.precision=bf16", "train.trainable=[vision,projector,language]", "train.recompute=true"),
+    "bf16_everything": ("train.precision=bf16", "train.trainable=[vision,projector,language]", "train.recompute=full"),
     "fp16": ("train.precision=fp16", "train.loss=sequence_mean"),
 }
 QUICK = ("packed", "modality_length")
