@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from llava_core.engine.kept import LayerMemory, Store
@@ -21,6 +23,9 @@ from llava_core.model.llava import Llava
 from llava_core.model.vision import VisionMlp
 
 Recompute = Literal["none", "selective", "full"]
+
+COMPILER = "inductor"
+"""torch.compile's own default."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,7 @@ class Keeping:
             norms, activations and casts are done again; `full`: a layer's input, and the whole layer is done again.
         num_layers: so many of the decoder's first layers; None for all. The others keep all.
         store: where what is kept goes until the backward pass; None for nowhere.
-        compiled: layers are compiled. Then the compiler decides what to keep of a layer that is not recomputed in full:
-            it does again what costs no matrix product, as `selective` does.
+        compiled: the decoder's layers are compiled.
     """
 
     recompute: Recompute = "none"
@@ -54,11 +58,24 @@ def arrange_layers(model: Llava, keeping: Keeping) -> None:
     """
     for layer in model.language_model.model.layers.children():
         assert isinstance(layer, DecoderLayer)
+        own = replace(keeping, recompute=keeping.of_layer(layer.self_attn.layer))
         if keeping.compiled:
-            layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
-        _arrange(layer, replace(keeping, recompute=keeping.of_layer(layer.self_attn.layer)))
+            backend: Any = _compile_selective if own.recompute == "selective" else COMPILER
+            layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)  # type: ignore[method-assign]
+        _arrange(layer, own)
     for layer in _learning_tower_layers(model):
         _arrange(layer, replace(keeping, compiled=False))
+
+
+def _compile_selective(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """A compiler that keeps what `selective` keeps: what is made in a graph cannot be forgotten from outside of it.
+
+    By itself torch's keeps more, where it takes computing again for slower. This is the one switch for that, and not
+    public (torch 2.7 to 2.13); the tests compare what is kept.
+    """
+    with functorch_config.patch(aggressive_recomputation=True):
+        compiled: Callable[..., Any] = lookup_backend(COMPILER)(graph, inputs)
+        return compiled
 
 
 def _learning_tower_layers(model: Llava) -> Iterator[nn.Module]:

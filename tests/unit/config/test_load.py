@@ -43,7 +43,9 @@ def problem(file: Path, *overrides: str) -> str:
 
 
 def test_recompute_takes_a_word(file: Path) -> None:
-    assert "train.recompute = True: Input should be 'none', 'selective' or 'full'" in problem(file, "train.recompute=true")
+    assert "train.recompute = True: Input should be 'none', 'selective' or 'full'" in problem(
+        file, "train.recompute=true"
+    )
     assert load_config(str(file), ["train.recompute=selective"]).train.recompute == "selective"
 
 

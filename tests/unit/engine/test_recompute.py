@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from llava_core.data.batch import Batch
+from llava_core.engine import recompute
 from llava_core.engine.kept import LayerMemory, Recall
 from llava_core.engine.recompute import Keeping, Recompute, arrange_layers
 from llava_core.engine.torch_engine import TorchEngine
@@ -21,7 +24,7 @@ from tests.unit.engine.support import batches, engine, examples, hf_model
 
 SPLIT = [3, 2, 3]
 STAGE_2, EVERYTHING = ("projector", "language"), ("vision", "projector", "language")
-AGAIN = pytest.mark.parametrize("recompute", ["selective", "full"])
+AGAIN = pytest.mark.parametrize("how", ["selective", "full"])
 
 
 def arranged(keeping: Keeping, trainable: Collection[str] = STAGE_2, dtype: torch.dtype = torch.float32) -> TorchEngine:
@@ -39,8 +42,8 @@ def micro_batches(trained: TorchEngine, seed: int = 0) -> list[Batch]:
 @pytest.mark.device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [("projector",), EVERYTHING], ids=["projector", "everything"])
-def test_it_changes_no_bit(recompute: Recompute, dtype: torch.dtype, trainable: tuple[str, ...]) -> None:
-    plain, again = (arranged(Keeping(how), trainable, dtype) for how in ("none", recompute))
+def test_it_changes_no_bit(how: Recompute, dtype: torch.dtype, trainable: tuple[str, ...]) -> None:
+    plain, again = (arranged(Keeping(mode), trainable, dtype) for mode in ("none", how))
     for number in range(2):
         step = micro_batches(plain, seed=number)
         assert again.step(step, 1.0) == plain.step(step, 1.0)
@@ -87,10 +90,10 @@ def test_what_is_computed_again_in_which_layers(keeping: Keeping, norms: list[in
 
 
 @AGAIN
-def test_a_tower_that_learns_is_recomputed_too(recompute: Recompute) -> None:
+def test_a_tower_that_learns_is_recomputed_too(how: Recompute) -> None:
     trained = arranged(Keeping(), EVERYTHING)
     calls = count_calls(trained, "layer_norm2")
-    arrange_layers(trained.model, Keeping(recompute))
+    arrange_layers(trained.model, Keeping(how))
     trained.step(micro_batches(trained)[:1], 1.0)
     run = [f"vision_tower.vision_model.encoder.layers.{i}" for i in range(trained.model.spec.vision.num_layers_run)]
     assert calls == dict.fromkeys(run, 2)
@@ -124,8 +127,8 @@ def test_the_more_is_recomputed_the_less_is_kept() -> None:
 
 
 @AGAIN
-def test_nothing_is_left_after_the_backward_pass(recompute: Recompute) -> None:
-    assert kept_and_left(Keeping(recompute))[1] == kept_and_left(Keeping())[1]
+def test_nothing_is_left_after_the_backward_pass(how: Recompute) -> None:
+    assert kept_and_left(Keeping(how))[1] == kept_and_left(Keeping())[1]
 
 
 def test_without_gradients_nothing_is_kept() -> None:
@@ -134,6 +137,37 @@ def test_without_gradients_nothing_is_kept() -> None:
         hidden = trained.model.hidden_states(micro_batches(trained)[0])
         del hidden
         assert live.now == 0
+
+
+def saved_by_compiled_layers(keeping: Keeping, trained: TorchEngine) -> tuple[float, int]:
+    """The loss, and the bytes of activations that autograd saves; of a compiled function it is told what is kept."""
+    torch.compiler.reset()
+    arrange_layers(trained.model, keeping)
+    batch = micro_batches(trained)[0]
+    weights = torch.full((batch.counts.label_tokens,), 1 / batch.counts.label_tokens)
+    staying = {p.untyped_storage().data_ptr() for p in trained.model.parameters()}
+    saved: dict[int, Tensor] = {}
+    with saved_tensors_hooks(lambda x: saved.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x):
+        loss = trained.model(batch, weights)
+    return float(loss.detach()), sum(
+        x.untyped_storage().nbytes() for address, x in saved.items() if address not in staying
+    )
+
+
+@pytest.mark.slow
+def test_compiled_layers_keep_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It divides graphs as the usual compiler does, and runs them as they are: no C++ compiler takes its minutes.
+    monkeypatch.setattr(recompute, "COMPILER", "aot_eager_decomp_partition")
+    modes = {"none": Keeping(), "selective": Keeping("selective"), "first": Keeping("selective", num_layers=1)}
+    found = {
+        name: saved_by_compiled_layers(replace(keeping, compiled=True), arranged(Keeping()))
+        for name, keeping in modes.items()
+    }
+    kept = {name: saved for name, (_, saved) in found.items()}
+    assert kept["selective"] < kept["first"] < kept["none"]
+    assert kept["selective"] < kept_and_left(Keeping("selective"), torch.float32)[0]
+    assert found["selective"][0] == pytest.approx(found["none"][0], rel=1e-6)
+    torch.compiler.reset()
 
 
 # ---- one step of a layer, seen from near

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from llava_core.config import build_config, load_config
+from llava_core.engine import recompute
 from llava_core.errors import ConfigError, PluginError
 from llava_core.plugins import Registry
 from llava_core.testing.datasets import TinyParts
@@ -140,15 +140,15 @@ def step_losses(run: Run, count: int) -> list[float]:
 
 
 @torch._dynamo.config.patch(recompile_limit=1000)  # beyond it nothing is compiled or counted
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("how", ["none", "full"])
 def test_compiled_layers_are_not_compiled_anew_for_each_batch(
-    recompute: str, parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = CompileCounter()  # captures graphs and runs them as they are: the C++ compiler would take a minute
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(recompute, "COMPILER", counter)
     torch._dynamo.reset()
     plain = step_losses(tiny_run(parts, tmp_path / "plain"), 14)
-    run = tiny_run(parts, tmp_path / "run", "train.compile=true", f"train.recompute={recompute}")
+    run = tiny_run(parts, tmp_path / "run", "train.compile=true", f"train.recompute={how}")
     # Once there was a micro-batch of each kind (one sample, equal lengths, different lengths) nothing is new.
     first = step_losses(run, 8)
     graphs = counter.frame_count
