@@ -96,7 +96,7 @@ class Batch:
         image_index: [V] int64; where each visual token goes, V = P × real images.
         label_index: [K] int64; the position that predicts each target.
         targets: [K] int64; the token ids to predict.
-        labels_per_sample: K split over the S samples.
+        labels_per_sample: K split over the S samples; padding at the end that is a sample of its own has no entry.
         counts: host-side counts.
         ids: the records' ids, for messages.
     """

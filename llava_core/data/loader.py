@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_core.data.batch import Batch, Counts, Example, Labelled
 from llava_core.data.examples import ExampleBuilder, Rejected, decoded
-from llava_core.data.packing import build_batch, filler_batch, pack_samples, pad_samples
+from llava_core.data.packing import build_batch, filler_batch, lengthened, pack_samples, pad_samples
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.share import WHOLE, News, Share, exchange
 from llava_core.errors import DataError
@@ -29,15 +29,27 @@ class Step:
     labelled: Labelled
 
 
+def as_many(count: int) -> int:
+    """A step's micro-batches may be as many as its samples fill."""
+    return count
+
+
 @dataclass(frozen=True)
 class Batching:
-    """How a step's samples become micro-batches; exactly one of the two sizes is set."""
+    """How a step's samples become micro-batches; exactly one of the two sizes is set.
+
+    Attributes:
+        num_tokens: of every micro-batch, fillers included; None where they may differ.
+        num_batches: how many a step must have, from how many its samples fill.
+    """
 
     global_size: int
     micro_tokens: int | None
     micro_size: int | None
     pad_id: int
     image_size: int
+    num_tokens: int | None = None
+    num_batches: Callable[[int], int] = as_many
 
     @property
     def chunk(self) -> int:
@@ -52,14 +64,23 @@ class Batching:
             assert self.micro_size is not None
             groups = pad_samples(len(examples), self.micro_size)
         return tuple(
-            build_batch(
-                [examples[i] for i in group],
-                pad_id=self.pad_id,
-                image_size=self.image_size,
-                padded=self.micro_size is not None,
+            self._sized(
+                build_batch(
+                    [examples[i] for i in group],
+                    pad_id=self.pad_id,
+                    image_size=self.image_size,
+                    padded=self.micro_size is not None,
+                )
             )
             for group in groups
         )
+
+    def fillers(self, count: int) -> tuple[Batch, ...]:
+        """Micro-batches without samples, so that every process has equally many."""
+        return (self._sized(filler_batch(self.pad_id, self.image_size)),) * count if count else ()
+
+    def _sized(self, batch: Batch) -> Batch:
+        return batch if self.num_tokens is None else lengthened(batch, self.num_tokens, self.pad_id)
 
 
 class StepLoader:
@@ -160,8 +181,8 @@ class StepLoader:
         counts = sum((news.counts for news in every), Counts())
         self._count_rows(counts.samples, [bad for news in every for bad in news.rejected], rows)
         most = max(news.num_batches for news in every)
-        filler = (filler_batch(self.batching.pad_id, self.batching.image_size),) * (most - len(batches))
-        return Step((*batches, *filler), counts, sum((news.labelled for news in every), Labelled()))
+        fillers = self.batching.fillers(self.batching.num_batches(most) - len(batches)) if most else ()
+        return Step((*batches, *fillers), counts, sum((news.labelled for news in every), Labelled()))
 
     def _count_rows(self, num_good: int, rejected: Sequence[Rejected], rows: Sequence[int]) -> None:
         """Every process counts the rows of all, so that all stop at the same step; one of them lists the bad ones."""

@@ -88,6 +88,24 @@ def filler_batch(pad_id: int, image_size: int) -> Batch:
     return replace(batch, counts=Counts(pad_tokens=1), ids=())
 
 
+def lengthened(batch: Batch, num_tokens: int, pad_id: int) -> Batch:
+    """The micro-batch with padding at its end, a sample of its own, so that it has `num_tokens` tokens."""
+    length = batch.cu_seqlens_host[-1]
+    missing = num_tokens - length
+    assert missing >= 0, f"{length} tokens in a micro-batch of at most {num_tokens}"
+    if missing == 0:
+        return batch
+    boundaries = (*batch.cu_seqlens_host, num_tokens)
+    return replace(
+        batch,
+        tokens=torch.cat((batch.tokens, torch.full((missing,), pad_id, dtype=batch.tokens.dtype))),
+        positions=torch.cat((batch.positions, torch.arange(missing))),
+        cu_seqlens=torch.tensor(boundaries, dtype=batch.cu_seqlens.dtype),
+        cu_seqlens_host=boundaries,
+        counts=batch.counts + Counts(pad_tokens=missing),
+    )
+
+
 def _counts(examples: Sequence[Example], num_positions: int) -> Counts:
     tokens = sum(example.length for example in examples)
     image_tokens = sum(len(example.image_starts) * example.visual_tokens for example in examples)

@@ -24,13 +24,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from llava_core.backend import MaskSpec
 from llava_core.data.batch import Batch
 from llava_core.engine.exchange import ADDEND, TOKENS, WHOLE, exchange
+from llava_core.model.decoder import Decoder
 from llava_core.model.llava import Llava
+
+
+def tokens_of_each(num_tokens: int, size: int) -> int:
+    """How many of a micro-batch's tokens each of `size` processes computes, padding included; all, if it is alone."""
+    return num_tokens if size == 1 else 2 * -(-num_tokens // (2 * size))
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Chunks:
     @property
     def length(self) -> int:
         """Tokens of each chunk; the last ones may be padding."""
-        return -(-self.num_tokens // (2 * self.size))
+        return tokens_of_each(self.num_tokens, self.size) // 2
 
     @property
     def own(self) -> tuple[int, int]:
@@ -103,7 +109,7 @@ def share_sequences(model: Llava, mesh: DeviceMesh) -> None:
     """Have the decoder's layers compute only this process's tokens, in place.
 
     The decoder is given whole micro-batches, and selected positions that are this process's (`own_labels`); without
-    any it gives the hidden states of all tokens.
+    any it gives the hidden states of all tokens. Between the stages of a pipeline each process's tokens stay its own.
 
     Args:
         mesh: of one axis, within which each process gets the same batches.
@@ -111,7 +117,7 @@ def share_sequences(model: Llava, mesh: DeviceMesh) -> None:
     decoder = model.language_model.model
     decoder.register_forward_pre_hook(partial(_divide, mesh))
     decoder.register_forward_hook(partial(_restore, mesh))
-    for layer in decoder.layers:
+    for layer in decoder.layers.values():
         attention: Any = layer.self_attn
         shared = partial(attend, mesh, attention.ops.attention)
         # It reads the samples' lengths on the host; in a compiled layer, each batch's would be another graph.
@@ -164,19 +170,19 @@ def _pieces(chunks: Chunks, cu_seqlens: tuple[int, ...], window: int | None) -> 
                 yield slice(first + shift, last + shift), slice(seen, last)
 
 
-def _divide(mesh: DeviceMesh, decoder: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _divide(mesh: DeviceMesh, decoder: Decoder, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Before the decoder: embeddings [1, T, D], positions [1, T] and selected positions become this process's."""
     x, positions, mask, cache, select = arguments
     assert cache is None, "sequences are shared in training only"
-    chunks = Chunks.of(x.shape[1], mesh)
+    chunks = Chunks.of(mask.cu_seqlens_host[-1], mesh)
     local = None if select is None else chunks.local(select)
-    return chunks.take(x), chunks.take(positions), mask, cache, local
+    return chunks.take(x) if decoder.stage.is_first else x, chunks.take(positions), mask, cache, local
 
 
-def _restore(mesh: DeviceMesh, decoder: nn.Module, arguments: tuple[Any, ...], hidden: Tensor) -> Tensor:
+def _restore(mesh: DeviceMesh, decoder: Decoder, arguments: tuple[Any, ...], hidden: Tensor) -> Tensor:
     """After the decoder: hidden states that were not selected become those of all tokens, [1, T, D]."""
     _, _, mask, _, select = arguments
-    if select is not None:
+    if select is not None or not decoder.stage.is_last:
         return hidden
     chunks = Chunks.of(mask.cu_seqlens_host[-1], mesh)
     return chunks.in_order(exchange(hidden, mesh, TOKENS, WHOLE))[:, : chunks.num_tokens]

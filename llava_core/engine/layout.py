@@ -61,10 +61,12 @@ class Layout:
         Raises:
             ConfigError: the processes do not divide so.
         """
-        left = divide("context", config.context, divide("tensor", config.tensor, world_size))
+        left = world_size
+        for key in ("pipeline", "tensor", "context"):
+            left = divide(key, getattr(config, key), left)
         replicas = left if config.data == "replicate" else config.replicas or 1
         shard = divide("replicas", replicas, left)
-        return cls(replicate=replicas, shard=shard, context=config.context, tensor=config.tensor)
+        return cls(config.pipeline, replicas, shard, config.context, config.tensor)
 
 
 def divide(key: str, size: int, processes: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -11,8 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from llava_core.engine.layout import AXES, Layout
 from llava_core.engine.processes import Processes
 
-SAMPLES = ("dp_replicate", "dp_shard", "cp")
-"""The axes along which processes have different tokens."""
+T = TypeVar("T")
+
+ADDENDS = ("pp", "dp_replicate", "dp_shard", "cp")
+"""The axes along which processes have parts of the loss: of other tokens, or none where another has the last stage."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Mesh:
         """Which share of the samples this process takes."""
         return self.devices.get_local_rank("dp_replicate") * self.layout.shard + self.devices.get_local_rank("dp_shard")
 
+    def own_stages(self, stages: Sequence[T]) -> Sequence[T]:
+        """Those of a pipeline's stages that this process has: its processes take turns."""
+        return stages[self.devices.get_local_rank("pp") :: self.layout.pipeline]
+
     @property
     def weights(self) -> DeviceMesh:
         """The axes over which parameters are shared, and their gradients summed: replicas, where there are any, and
@@ -51,8 +59,8 @@ class Mesh:
             warnings.filterwarnings("ignore", message="Slicing a flattened dim")
             return self.devices[shards] if self.layout.replicate == 1 else self.devices["dp_replicate", shards]
 
-    def sum_over_samples(self, value: Tensor) -> None:
-        """Add up a value, in place, over all processes with other tokens."""
-        for axis in SAMPLES:
+    def sum_losses(self, value: Tensor) -> None:
+        """Add up a loss, in place, over all processes that have a part of it."""
+        for axis in ADDENDS:
             if self.devices[axis].size() > 1:
                 distributed.all_reduce(value, group=self.devices.get_group(axis))

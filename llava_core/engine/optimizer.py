@@ -35,7 +35,9 @@ def parameter_groups(
 def build_optimizer(
     backend: Backend, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    """The backend's own AdamW, or PyTorch's."""
+    """The backend's own AdamW, or PyTorch's; without groups one that does nothing, for a stage where nothing learns."""
+    if not groups:
+        return torch.optim.AdamW([{"params": [], "peak_lr": 0.0}])
     own = backend.build_optimizer(groups, betas=betas, eps=eps)
     return own if own is not None else torch.optim.AdamW(groups, betas=betas, eps=eps)
 

@@ -69,12 +69,12 @@ def part_of(parameter: nn.Parameter, tensor: Sliceable) -> tuple[Tensor, Callabl
 
 def units(model: Llava) -> Iterator[nn.Module]:
     """The modules whose weights are gathered together, children before parents; without the root."""
-    if model.spec.vision is not None:
+    if hasattr(model, "vision_tower"):
         yield from model.vision_tower.vision_model.encoder.layers
         yield model.vision_tower
         if any(True for _ in model.multi_modal_projector.parameters()):
             yield model.multi_modal_projector
-    yield from model.language_model.model.layers
+    yield from model.language_model.model.layers.values()
 
 
 def sum_gradients_now(model: nn.Module, now: bool) -> None:

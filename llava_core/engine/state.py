@@ -43,24 +43,28 @@ def collect(
 
 
 @torch.no_grad()
-def restore(stored: Stored, trained: Trained, optimizer: Optimizer, rng: Rng) -> None:
+def restore(stored: Stored, learning: Mapping[str, Facts], trained: Trained, optimizer: Optimizer, rng: Rng) -> None:
     """Return weights, optimizer and random state to what was stored, bit for bit; each process reads what it holds.
+
+    Args:
+        learning: every parameter that learns, of which `trained` are those of this process's stages.
 
     Raises:
         CheckpointError: it belongs to another model or another choice of trainable parts, or cannot be read.
     """
     tensors = stored.tensors
-    _check_names(tensors, trained)
+    _check_names(tensors, learning)
     moments: dict[str, dict[str, Tensor]] = {}
     for name in tensors:
         kind, _, rest = name.partition(".")
-        if kind == "model":
+        if kind == "model" and rest in trained:
             part = local_part(trained[rest])
             part.data.copy_(stored.read(name, part.region))
         elif kind == "optimizer":
             key, _, parameter_name = rest.partition(".")
-            value = _read_like(stored, name, trained[parameter_name])
-            moments.setdefault(parameter_name, {})[key] = value
+            if parameter_name in trained:
+                value = _read_like(stored, name, trained[parameter_name])
+                moments.setdefault(parameter_name, {})[key] = value
     _load_moments(moments, trained, optimizer)
     rng.load_state({name.removeprefix("rng."): stored.read(name) for name in tensors if name.startswith("rng.")})
 
@@ -81,10 +85,9 @@ def _load_moments(moments: Mapping[str, dict[str, Tensor]], trained: Trained, op
     optimizer.load_state_dict(optimizer.state_dict() | {"state": numbered})
 
 
-def _check_names(tensors: Mapping[str, Facts], trained: Trained) -> None:
+def _check_names(tensors: Mapping[str, Facts], learning: Mapping[str, Facts]) -> None:
     found = {name.removeprefix("model."): facts for name, facts in tensors.items() if name.startswith("model.")}
-    expected = {name: Facts(p.dtype, tuple(p.shape)) for name, p in trained.items()}
-    differing = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+    differing = sorted(k for k in found.keys() | learning.keys() if found.get(k) != learning.get(k))
     if differing:
         raise CheckpointError(
             f"the checkpoint trains other parameters than this run; {len(differing)} differ, the first: "

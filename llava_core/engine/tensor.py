@@ -85,7 +85,7 @@ def shard_tensors(model: Llava, mesh: DeviceMesh, *, sequence: bool) -> None:
         language.lm_head = ShardedLinear.of(language.lm_head, mesh, OUTPUTS)
     if _has(decoder, "norm"):
         decoder.norm = ReplicatedNorm.of(decoder.norm, mesh, split=False)
-    layers: list[Any] = list(decoder.layers.children())
+    layers: list[Any] = list(decoder.layers.values())
     split = [sequence and layer is not layers[-1] for layer in layers]
     for layer, is_split in zip(layers, split, strict=True):
         _shard_layer(layer, mesh, split=is_split)

@@ -19,10 +19,13 @@ from llava_core.engine.loss_scale import LossScale
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.norm import clip_gradients, global_norm
 from llava_core.engine.optimizer import build_optimizer, parameter_groups
+from llava_core.engine.parts import Facts
+from llava_core.engine.pipeline import MicroBatch, Pipeline
 from llava_core.engine.shard import sum_gradients_now
 from llava_core.engine.state import Stored, collect, restore
 from llava_core.errors import TrainingError
 from llava_core.model.llava import Llava
+from llava_core.weights.load import outline
 
 MIN_LOSS_SCALE = 1.0
 """An fp16 loss scale below this means that gradients overflow whatever the scale: the run has diverged."""
@@ -60,7 +63,13 @@ class StepResult:
 
 
 class TorchEngine:
-    """A model and its optimizer: whole on one device, or this process's part of them where there is a mesh."""
+    """A model and its optimizer: whole on one device, or this process's part of them where there is a mesh.
+
+    Attributes:
+        model: the first of `stages`.
+        stages: what this process has of a pipeline; without one the model alone.
+        trained: the parameters that learn here, by name.
+    """
 
     def __init__(
         self,
@@ -69,13 +78,17 @@ class TorchEngine:
         settings: OptimizerSettings,
         loss: LossMode,
         mesh: Mesh | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.model = model
+        self.stages = (model,) if pipeline is None else tuple(pipeline.stages)
+        self.pipeline = pipeline
         self.hardware = hardware
         self.mesh = mesh
         self.loss = loss
         self.clip_norm = settings.clip_norm
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trained_parts = settings.learning_rates.keys()
+        self.trained = {n: p for stage in self.stages for n, p in stage.named_parameters() if p.requires_grad}
         groups = parameter_groups(self.trained.items(), settings.learning_rates, settings.weight_decay)
         self.optimizer = build_optimizer(hardware.backend, groups, settings.betas, settings.eps)
         self.loss_scale = LossScale() if model.compute_dtype == torch.float16 else None
@@ -121,39 +134,53 @@ class TorchEngine:
         Raises:
             CheckpointError: it belongs to another model or another choice of trainable parts.
         """
-        restore(stored, self.trained, self.optimizer, self.hardware.backend.rng)
+        whole = outline(self.model.spec, self._trained_parts, self.model.compute_dtype)
+        learning = {n: Facts(p.dtype, tuple(p.shape)) for n, p in whole.named_parameters() if p.requires_grad}
+        restore(stored, learning, self.trained, self.optimizer, self.hardware.backend.rng)
         if self.loss_scale is not None:
             self.loss_scale = LossScale(**state["loss_scale"])
 
     def _accumulate(self, batches: Sequence[Batch], labelled: Labelled) -> Tensor:
-        total = torch.zeros((), device=self.hardware.device)
-        weights_of = label_weights(self.loss, batches, labelled)
-        for number, (batch, weights) in enumerate(zip(batches, weights_of, strict=True), 1):
-            sum_gradients_now(self.model, number == len(batches))
-            if self.mesh is not None and self.mesh.layout.context > 1:
-                batch, weights = own_labels(batch, weights, self.mesh.devices["cp"])
-            loss = self.model(batch.to(self.hardware.device), weights.to(self.hardware.device, non_blocking=True))
-            (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
-            total += loss.detach()
+        micro_batches = list(zip(batches, label_weights(self.loss, batches, labelled), strict=True))
+        if self.mesh is not None and self.mesh.layout.context > 1:
+            micro_batches = [own_labels(*micro_batch, self.mesh.devices["cp"]) for micro_batch in micro_batches]
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        if self.pipeline is not None:
+            total = self.pipeline.backward(micro_batches, scale)
+        else:
+            total = self._backward(micro_batches, scale)
         if self.mesh is not None:
-            self.mesh.sum_over_samples(total)
+            self.mesh.sum_losses(total)
+        return total
+
+    def _backward(self, micro_batches: Sequence[MicroBatch], scale: float) -> Tensor:
+        """Add up the gradients of the losses, times the scale; the sum of the losses."""
+        total, device = torch.zeros((), device=self.hardware.device), self.hardware.device
+        for number, (batch, weights) in enumerate(micro_batches, 1):
+            sum_gradients_now(self.model, number == len(micro_batches))
+            loss = self.model(batch.to(device), weights.to(device, non_blocking=True))
+            (loss * scale).backward()
+            total += loss.detach()
         return total
 
     def _clip(self) -> Tensor:
         parameters = list(self.trained.values())
-        norm = global_norm(parameters, self.hardware.device)
+        norm = global_norm(parameters, self.hardware.device, stages=self.mesh.layout.pipeline if self.mesh else 1)
         if self.clip_norm is not None:
             clip_gradients(parameters, norm, self.clip_norm)
         return norm
 
     def _describe_failure(self, result: StepResult, batches: Sequence[Batch]) -> str:
-        ids = self._of_all_processes(self._non_finite_samples(batches))
-        where = "Samples whose hidden states are not finite"
-        if not ids:
-            ids, where = (
-                self._of_all_processes([id for batch in batches for id in batch.ids]),
-                "Each sample's hidden states are finite. Samples",
+        where, ids = "Samples", [id for batch in batches for id in batch.ids]
+        if self.pipeline is None:  # which samples a stage's neighbours fail on, it could not tell
+            bad = self._of_all_processes(self._non_finite_samples(batches))
+            where = (
+                "Samples whose hidden states are not finite"
+                if bad
+                else "Each sample's hidden states are finite. Samples"
             )
+            ids = bad or ids
+        ids = self._of_all_processes(ids)
         return (
             f"loss {result.loss}, gradient norm {result.grad_norm}: the step was not applied, the weights are intact. "
             f"{where}: {', '.join(ids)}. Lower the learning rate, or look at these samples."

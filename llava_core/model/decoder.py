@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llava_core.backend import MaskSpec, OpSet
 from llava_core.model.layers import Linear, RmsNorm
 from llava_core.model.spec import TextSpec, inverse_frequencies
+from llava_core.model.stage import Stage
 
 
 class KeyValueCache(Protocol):
@@ -85,14 +86,21 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm, or what a stage has of them.
 
-    def __init__(self, spec: TextSpec, ops: OpSet) -> None:
+    Attributes:
+        layers: by their numbers in the whole decoder.
+    """
+
+    def __init__(self, spec: TextSpec, ops: OpSet, stage: Stage) -> None:
         super().__init__()
         self.spec = spec
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(spec, i, ops) for i in range(spec.num_layers))
-        self.norm = RmsNorm(spec.hidden_size, spec.norm_eps, ops)
+        self.stage = stage
+        if stage.is_first:
+            self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(spec, i, ops) for i in stage.layers})
+        if stage.is_last:
+            self.norm = RmsNorm(spec.hidden_size, spec.norm_eps, ops)
 
     def forward(
         self,
@@ -104,22 +112,23 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Embeddings [B, T, D] at `positions` [B, T] -> normed hidden states [B, T, D].
 
-        `select` [K] keeps only these positions, [B, K, D]: the last layer's feed-forward runs for no other.
+        `select` [K] keeps only these positions, [B, K, D]: the last layer's feed-forward runs for no other. A stage
+        that is not the first takes, and one that is not the last gives, the stream between the layers.
         """
         angles = rotary_angles(self.spec, positions, x.dtype)
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            x = layer(x, angles, mask, cache, select if i == last else None)
-        return self.norm(x)
+        last = str(self.spec.num_layers - 1)
+        for name, layer in self.layers.items():
+            x = layer(x, angles, mask, cache, select if name == last else None)
+        return self.norm(x) if self.stage.is_last else x
 
 
 class LanguageModel(nn.Module):
     """The decoder and its output head, which is the embedding where they are tied."""
 
-    def __init__(self, spec: TextSpec, ops: OpSet) -> None:
+    def __init__(self, spec: TextSpec, ops: OpSet, stage: Stage) -> None:
         super().__init__()
-        self.model = Decoder(spec, ops)
-        if not spec.tied_embeddings:
+        self.model = Decoder(spec, ops, stage)
+        if stage.is_last and not spec.tied_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     @property

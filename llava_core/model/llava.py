@@ -15,46 +15,64 @@ from llava_core.data.batch import Batch
 from llava_core.model.decoder import KeyValueCache, LanguageModel
 from llava_core.model.projector import Projector
 from llava_core.model.spec import ModelSpec
+from llava_core.model.stage import Stage
 from llava_core.model.vision import VisionTower
 
 
 class Llava(nn.Module):
-    """A LLaVA, or a language model alone where the spec has no vision.
+    """A LLaVA, or a language model alone where the spec has no vision; or a stage of one.
 
     Attributes:
         compute_dtype: dtype of the activations.
+        stage: what it has of the whole model; everything, if not given.
     """
 
-    def __init__(self, spec: ModelSpec, ops: OpSet, compute_dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, ops: OpSet, compute_dtype: torch.dtype, stage: Stage | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.ops = ops
         self.compute_dtype = compute_dtype
-        if spec.vision is not None:
+        self.stage = stage or Stage.whole(spec.text)
+        if spec.vision is not None and self.stage.is_first:
             self.vision_tower = VisionTower(spec.vision, ops)
             self.multi_modal_projector = Projector(spec)
-        self.language_model = LanguageModel(spec.text, ops)
+        self.language_model = LanguageModel(spec.text, ops, self.stage)
 
-    def forward(self, batch: Batch, label_weights: Tensor) -> Tensor:
-        """The weighted sum of the supervised tokens' cross-entropies, an fp32 scalar.
+    def forward(self, batch: Batch, label_weights: Tensor, stream: Tensor | None = None) -> Tensor:
+        """The weighted sum of the supervised tokens' cross-entropies, an fp32 scalar; of a stage that is not the last
+        the stream after its layers [T, D].
 
         Args:
             batch: on the model's device.
             label_weights: [K] fp32; 1/K for the mean over this batch.
+            stream: what the stage before gave, [T, D]; None for the first.
         """
-        hidden = self.hidden_states(batch, batch.label_index)
+        if not self.stage.is_last:
+            return self.hidden_states(batch, stream=stream)
+        hidden = self.hidden_states(batch, batch.label_index, stream=stream)
         head = self.language_model.head_weight.to(hidden.dtype)
         return self.ops.linear_cross_entropy(hidden, head, batch.targets, label_weights)
 
-    def hidden_states(self, batch: Batch, select: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """Final hidden states [T, D], or [K, D] at the positions `select`."""
+    def hidden_states(
+        self,
+        batch: Batch,
+        select: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        stream: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states [T, D], or [K, D] at the positions `select`; of a stage, from `stream` as `forward`."""
         mask = MaskSpec.packed(
             batch.cu_seqlens, batch.cu_seqlens_host, causal=True, window=self.spec.text.sliding_window
         )
-        x = self.embed(batch.tokens)
-        if self.spec.vision is not None:
-            x = splice(x, self.encode_images(batch.pixels), batch.image_index)
+        x = self.embed_batch(batch) if stream is None else stream
         return self.language_model.model(x[None], batch.positions[None], mask, cache, select)[0]
+
+    def embed_batch(self, batch: Batch) -> Tensor:
+        """What enters the decoder [T, D]: the tokens' embeddings, the images' features in their places."""
+        x = self.embed(batch.tokens)
+        if self.spec.vision is None:
+            return x
+        return splice(x, self.encode_images(batch.pixels), batch.image_index)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D] in the compute dtype."""

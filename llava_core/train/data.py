@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llava_core.config import RunConfig
@@ -17,6 +18,7 @@ from llava_core.data.sampler import Grouping, epoch_order
 from llava_core.data.share import WHOLE, Share
 from llava_core.data.templates import Template, open_template
 from llava_core.engine.mesh import Mesh
+from llava_core.engine.pipeline import num_micro_batches
 from llava_core.errors import BadRow, ConfigError
 from llava_core.inference.chat_template import OWN_TEMPLATE, folder_template
 from llava_core.model.spec import ModelSpec
@@ -83,6 +85,7 @@ def build_loader(
         micro_size=config.batch.micro_size,
         pad_id=pad_id,
         image_size=spec.vision.image_size if spec.vision else 1,
+        **pipelined(config),
     )
     micro_size = config.batch.micro_size or 1  # packed micro-batches are formed later, so every row is its own chunk
     grouping = None
@@ -97,6 +100,24 @@ def build_loader(
         data.num_workers,
         share,
     )
+
+
+def pipelined(config: RunConfig) -> dict[str, Any]:
+    """What a pipeline asks of micro-batches: one size, and a number that its schedule takes."""
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return {}
+    interleaved = parallel.num_stages > parallel.pipeline
+    fill = partial(num_micro_batches, num_processes=parallel.pipeline, interleaved=interleaved)
+    return {"num_tokens": largest_micro_batch(config), "num_batches": fill}
+
+
+def largest_micro_batch(config: RunConfig) -> int:
+    """Tokens that no micro-batch exceeds."""
+    if config.batch.micro_tokens is not None:
+        return config.batch.micro_tokens
+    assert config.batch.micro_size is not None
+    return config.batch.micro_size * config.data.max_length
 
 
 def data_share(mesh: Mesh | None) -> Share:

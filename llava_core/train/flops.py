@@ -63,6 +63,7 @@ def _text_flops(spec: TextSpec, batch: Batch) -> float:
 def _causal_attention_flops(spec: TextSpec, batch: Batch) -> float:
     """Scores and weighted values: 2 · 2 · length² / 2 for each head dim, or of the window where it is shorter."""
     window = spec.sliding_window or max(batch.cu_seqlens_host)
-    lengths = [end - start for start, end in pairwise(batch.cu_seqlens_host)]
+    spans = zip(pairwise(batch.cu_seqlens_host), batch.labels_per_sample, strict=False)  # without padding at the end
+    lengths = [end - start for (start, end), _ in spans]
     pairs = sum(min(n, window) * (n - min(n, window) / 2) for n in lengths)
     return 4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers

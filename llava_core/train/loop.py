@@ -198,6 +198,7 @@ def export_run(run: Run, folder: Path) -> None:
         dtype=run.engine.model.compute_dtype,
         remote=run.source.remote,
         writes=run.processes.is_first,
+        weights=run.engine.pipeline.whole_weights() if run.engine.pipeline is not None else None,
     )
 
 

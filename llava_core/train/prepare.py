@@ -21,6 +21,7 @@ from llava_core.engine.hardware import Hardware, compute_dtype, open_hardware
 from llava_core.engine.layout import Layout
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.opset import Use, build_ops
+from llava_core.engine.pipeline import Pipeline
 from llava_core.engine.processes import Processes
 from llava_core.engine.recompute import Keeping, arrange_layers
 from llava_core.engine.shard import Sharding, part_of, shard_data
@@ -39,8 +40,9 @@ from llava_core.train.checks import (
     check_trainable,
     check_vocabulary,
 )
-from llava_core.train.data import build_loader, data_share, find_processor, find_template
+from llava_core.train.data import build_loader, data_share, find_processor, find_template, largest_micro_batch
 from llava_core.train.schedule import Schedule, warmup_steps
+from llava_core.train.stages import pipeline_stages
 from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import load_model
 from llava_core.weights.source import ModelSource, compose, from_folder
@@ -100,6 +102,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     trainable = check_trainable(config, source.spec)
     check_tensor(source.spec, config.parallel.tensor)
     check_recompute(config, source.spec)
+    stages = pipeline_stages(config, source.spec)
     check_data_settings(config, source.spec)
     use = Use(
         dtype,
@@ -118,7 +121,8 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     processor = find_processor(config.data, source)
     share = data_share(mesh)
     loader = build_loader(config, registry, source.spec, tokenizer, template, processor, share)
-    model = load_model(
+    load = partial(
+        load_model,
         source,
         ops,
         compute_dtype=dtype,
@@ -128,7 +132,12 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
         arrange=partial(arrange, config=config, mesh=mesh),
         part_of=part_of,
     )
-    engine = TorchEngine(model, hardware, optimizer_settings(config, trainable), config.train.loss, mesh)
+    settings = optimizer_settings(config, trainable)
+    models = [load(stage=stage) for stage in (stages if mesh is None else mesh.own_stages(stages))]
+    pipeline = None
+    if mesh is not None and mesh.layout.pipeline > 1:
+        pipeline = Pipeline(models, mesh, hardware.device, largest_micro_batch(config))
+    engine = TorchEngine(models[0], hardware, settings, config.train.loss, mesh, pipeline)
     schedule = build_schedule(config, loader.steps_per_epoch)
     return Run(
         config, processes, hardware, source, selections, tokenizer, template, processor, loader, engine, schedule

@@ -18,19 +18,24 @@ from llava_core.data.tokens import describe, render_supervised
 from llava_core.model.freeze import PARTS
 from llava_core.train.metrics import StepMetrics
 from llava_core.train.prepare import Run
+from llava_core.train.stages import pipeline_stages
+from llava_core.weights.load import outline
 
 
 def print_plan(run: Run, console: Console) -> None:
     """Hardware, parameters, kernels with their reasons, data and steps."""
-    model, hardware = run.engine.model, run.hardware
+    hardware, stages = run.hardware, pipeline_stages(run.config, run.source.spec)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("backend", f"{hardware.backend.name}, {hardware.device_name}")
     if run.engine.mesh is not None:
         table.add_row("processes", f"{run.processes.size}: {run.engine.mesh.layout}")
-    table.add_row("precision", str(model.compute_dtype).removeprefix("torch."))
+    if len(stages) > 1:
+        table.add_row("stages", f"of {', '.join(str(len(stage.layers)) for stage in stages)} layers")
+    table.add_row("precision", str(run.engine.model.compute_dtype).removeprefix("torch."))
     table.add_row("host threads", str(torch.get_num_threads()))
+    whole = outline(run.source.spec)
     for part, prefix in PARTS.items():
-        sizes = [p.numel() for name, p in model.named_parameters() if name.startswith(prefix)]
+        sizes = [p.numel() for name, p in whole.named_parameters() if name.startswith(prefix)]
         if sizes:
             learns = "trained" if part in run.config.train.trainable else "frozen"
             learns += ", fresh" if part == "projector" and run.source.fresh_projector else ""
@@ -44,8 +49,8 @@ def print_plan(run: Run, console: Console) -> None:
 
 def print_summary(run: Run, console: Console) -> None:
     """The plan in two lines, without the kernels."""
-    hardware, sizes = run.hardware, [p.numel() for p in run.engine.model.parameters()]
-    learning = sum(p.numel() for p in run.engine.trained.values())
+    hardware, whole = run.hardware, list(outline(run.source.spec, run.config.train.trainable).parameters())
+    sizes, learning = [p.numel() for p in whole], sum(p.numel() for p in whole if p.requires_grad)
     precision = str(run.engine.model.compute_dtype).removeprefix("torch.")
     console.print(f"{learning:,} of {sum(sizes):,} parameters learn, on {hardware.backend.name} in {precision}")
     console.print(

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llava_core.data.images import ImageProcessor
 from llava_core.data.records import IMAGE_MARK
@@ -24,9 +23,10 @@ from llava_core.model.spec import ModelSpec, TextSpec
 from llava_core.weights.chat_templates import chat_template
 from llava_core.weights.config_files import EXPORTED_BY, write_files
 from llava_core.weights.internlm2 import RemoteCode, fused
+from llava_core.weights.load import outline
 from llava_core.weights.names import to_internlm2, to_language_only
 from llava_core.weights.new_folder import new_folder
-from llava_core.weights.shards import TensorToWrite, write_weights
+from llava_core.weights.shards import TensorToWrite, whole_tensor, write_weights
 from llava_core.weights.vocabulary import frozen_tokenizer, grown, grown_size, stop_ids, written_bos
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def export_model(
     dtype: torch.dtype,
     remote: RemoteCode | None = None,
     writes: bool = True,
+    weights: Iterator[Tensor] | None = None,
 ) -> Path:
     """Writes the model to `folder`, which appears when it is complete and durable; returns it.
 
@@ -57,7 +58,7 @@ def export_model(
     - A tokenizer without `<image>` gets it, as transformers needs; see `vocabulary.grown` for the rows this may add.
     - transformers knows the projector `mlp2x_gelu` only. With another one it refuses the folder; this library reads it.
 
-    The weights are read once each, in the order of `named_parameters`, and copied to the host one at a time. An earlier
+    The weights are read once each, in the order of `outline`, and copied to the host one at a time. An earlier
     export at `folder` is replaced when the new one is complete; between the two renames this takes, a crash leaves both
     beside it, as `.partial` and `.replaced`.
 
@@ -69,12 +70,13 @@ def export_model(
         remote: of the folder that a language model came from; see `ModelSource`.
         writes: False in all processes but one, which only hand over what they hold. Where the one fails, it still takes
             what they hand over, so that they do not wait for it; the error is raised there alone.
+        weights: each weight, whole, where `model` is only a stage; in the order of `outline`, too.
 
     Raises:
         WeightsError: `folder` holds something else; it is left alone.
         ConfigError: a tokenizer or template that cannot be exported exactly. Nothing was written.
     """
-    weights = _whole_weights(model)
+    weights = weights or _whole_weights(model)
     try:
         if writes:
             _write(model, weights, tokenizer, image_processor, template, Path(folder), dtype, remote)
@@ -156,7 +158,7 @@ def write_folder(
 ) -> None:
     """Writes `weights`, the model's parameters in their order, and all that goes with them, as `spec` says."""
     with new_folder(folder) as partial:
-        write_weights(partial, _tensors(model, spec, weights), dtype, max_file_bytes=MAX_FILE_BYTES)
+        write_weights(partial, _tensors(outline(model.spec), spec, weights), dtype, max_file_bytes=MAX_FILE_BYTES)
         write_files(partial, spec, tokenizer, ends, dtype, image_processor=image_processor, remote=remote)
 
 
@@ -169,15 +171,14 @@ def _exported_spec(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> Model
 
 def _whole_weights(model: Llava) -> Iterator[Tensor]:
     """Each parameter, put together from all processes where it is spread; a step of one is a step of all."""
-    for _, parameter in model.named_parameters():
-        weight = parameter.detach()
-        yield weight.full_tensor() if isinstance(weight, DTensor) else weight
+    for parameter in model.parameters():
+        yield whole_tensor(parameter.detach())
 
 
-def _tensors(model: Llava, spec: ModelSpec, weights: Iterator[Tensor]) -> dict[str, TensorToWrite]:
+def _tensors(whole: Llava, spec: ModelSpec, weights: Iterator[Tensor]) -> dict[str, TensorToWrite]:
     """What is written, in the order of `weights`, from which it is taken when its turn comes."""
     tensors = {}
-    for disk_name, group in groupby(model.named_parameters(), key=lambda named: _disk_name(named[0], spec)):
+    for disk_name, group in groupby(whole.named_parameters(), key=lambda named: _disk_name(named[0], spec)):
         shapes = {name: tuple(parameter.shape) for name, parameter in group}
         (_, *others), is_vocabulary = next(iter(shapes.values())), not shapes.keys().isdisjoint((EMBEDDING, HEAD))
         num_rows = spec.text.vocab_size if is_vocabulary else sum(rows for rows, *_ in shapes.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TypeAlias
 
@@ -14,6 +14,8 @@ from llava_core.errors import WeightsError
 from llava_core.model.freeze import PARTS, train_only
 from llava_core.model.llava import Llava
 from llava_core.model.projector import Projector
+from llava_core.model.spec import ModelSpec
+from llava_core.model.stage import Stage
 from llava_core.weights.rows import Sliceable
 from llava_core.weights.source import ModelSource
 
@@ -42,6 +44,7 @@ def load_model(
     projector_seed: int = 0,
     arrange: Callable[[Llava], None] = leave_whole,
     part_of: Callable[[nn.Parameter, Sliceable], tuple[Tensor, Layout]] = whole,
+    stage: Stage | None = None,
 ) -> Llava:
     """The model with its weights, one tensor at a time, so that memory holds it once.
 
@@ -52,20 +55,17 @@ def load_model(
         arrange: called with the model while it has no memory; lays its parameters out over processes.
         part_of: from a parameter so laid out and its whole tensor, mapped from the file: this process's part of the
             tensor, and what makes a parameter's value of it.
+        stage: what is built and loaded of the model; all of it, if not given.
 
     Raises:
         WeightsError: parameters that are missing, unexpected or of another shape, all of them listed.
     """
-    with torch.device("meta"):
-        model = Llava(source.spec, ops, compute_dtype)
-    train_only(model, trainable)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+    model = outline(source.spec, trainable, compute_dtype, ops, stage)
     arrange(model)
     tensors: dict[str, Callable[[], Sliceable]] = dict(source.tensors)
     if source.fresh_projector:
         tensors |= _fresh_projector(source, projector_seed)
-    _check(model, tensors)
+    _check(outline(source.spec), tensors)
     misshapen = []
     for name, parameter in list(model.named_parameters()):
         tensor = tensors[name]()
@@ -78,6 +78,26 @@ def load_model(
         _assign(model, name, nn.Parameter(value, parameter.requires_grad))
     if misshapen:
         raise WeightsError("the weights do not fit the model of the config:" + "".join(misshapen))
+    return model
+
+
+def outline(
+    spec: ModelSpec,
+    trainable: Collection[str] = (),
+    compute_dtype: torch.dtype = torch.float32,
+    ops: OpSet | None = None,
+    stage: Stage | None = None,
+) -> Llava:
+    """The model, or a stage of it, without memory: its parameters' names, shapes and dtypes, and which of them learn.
+
+    Args:
+        ops: needed only where weights will follow and the model will compute.
+    """
+    with torch.device("meta"):
+        model = Llava(spec, ops or OpSet.of({}), compute_dtype, stage)
+    train_only(model, trainable)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
     return model
 
 

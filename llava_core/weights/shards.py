@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llava_core.errors import WeightsError
 
@@ -30,6 +31,11 @@ class TensorToWrite:
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         return torch.Size(self.shape).numel() * dtype.itemsize
+
+
+def whole_tensor(weight: Tensor) -> Tensor:
+    """A weight that is spread over processes, put together in each of them; another one as it is."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def write_weights(

@@ -175,7 +175,7 @@ def build_engine(case: Case, mesh: Mesh | None) -> tuple[TorchEngine, Any]:
     arrange_layers(trained.model, Keeping(case.recompute))
     if case.compiled:
         torch.compiler.reset()  # a fork inherits what earlier tests compiled, and there is a limit to it
-        for layer in decoder.layers:
+        for layer in decoder.layers.values():
             layer.compile(backend="aot_eager", dynamic=True)
     return trained, spec
 
@@ -253,7 +253,9 @@ def tokens_computed() -> int:
     mesh = own_mesh(Layout(context=2))
     trained, _ = build_engine(CASES["two"], mesh)
     seen: list[int] = []
-    trained.model.language_model.model.layers[0].mlp.register_forward_hook(lambda _, x, __: seen.append(x[0].shape[1]))
+    trained.model.language_model.model.layers["0"].mlp.register_forward_hook(
+        lambda _, x, __: seen.append(x[0].shape[1])
+    )
     with torch.no_grad():
         trained.model.hidden_states(labelled_batch(), None)
     return seen[0]

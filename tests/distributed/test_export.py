@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from llava_core.engine.layout import Layout
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.processes import Processes
 from llava_core.errors import LlavaError
+from llava_core.model.stage import Stage
 from llava_core.train.agreement import agree
 from llava_core.weights.export import export_model
 from tests.distributed.processes import run_processes
@@ -20,7 +22,13 @@ from tests.hardware import hardware
 from tests.unit.engine.support import engine
 from tests.unit.inference.support import parts, processor, tokenizer
 
-LAYOUTS = {"shard_2": Layout(shard=2), "replicate_2": Layout(replicate=2), "hybrid_2x2": Layout(replicate=2, shard=2)}
+LAYOUTS = {
+    "shard_2": Layout(shard=2),
+    "replicate_2": Layout(replicate=2),
+    "hybrid_2x2": Layout(replicate=2, shard=2),
+    "pipeline_2": Layout(pipeline=2),
+    "pipeline_2x2": Layout(pipeline=2, shard=2),
+}
 
 
 def export(layout: Layout, dtype: torch.dtype, folder: Path) -> None:
@@ -30,11 +38,13 @@ def export(layout: Layout, dtype: torch.dtype, folder: Path) -> None:
         rank, size = distributed.get_rank(), distributed.get_world_size()
         process = Processes(rank, size, rank, size)
         mesh = Mesh.build(process, layout, hardware().device.type)
-    model = engine(source.reference, source.spec, dtype=dtype, mesh=mesh).model
-    agree(
-        process,
-        lambda: export_model(model, tokenizer(), processor("square"), V1, folder, dtype=dtype, writes=process.is_first),
-    )
+    num_layers = source.spec.text.num_layers
+    halves = [Stage(range(num_layers // 2), num_layers), Stage(range(num_layers // 2, num_layers), num_layers)]
+    stages = mesh.own_stages(halves) if mesh is not None and layout.pipeline > 1 else ()
+    trained = engine(source.reference, source.spec, dtype=dtype, mesh=mesh, stages=stages, num_tokens=1)
+    write = partial(export_model, trained.model, tokenizer(), processor("square"), V1, folder, dtype=dtype)
+    weights = trained.pipeline.whole_weights() if trained.pipeline is not None else None
+    agree(process, lambda: write(writes=process.is_first, weights=weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -72,6 +72,9 @@ def assert_same_numbers(found: Path, expected: Path) -> None:
         (2, ("parallel.tensor=2", "train.recompute=selective", "train.recompute_layers=1")),
         (4, ("parallel.context=2", "train.recompute=full")),
         (4, ("parallel.context=2", "parallel.tensor=2")),
+        (2, ("parallel.pipeline=2",)),
+        (2, ("parallel.pipeline=2", "batch.micro_tokens=null", "batch.micro_size=2")),
+        (4, ("parallel.pipeline=2", "parallel.context=2")),
     ],
 )
 def test_the_numbers_are_those_of_one_process(
@@ -112,6 +115,16 @@ def test_a_model_with_a_sliding_window_trains_alike_on_shared_sequences(parts: T
     shared = tiny_settings(parts, tmp_path / "many", f"model.language={language}", "parallel.context=2")
     assert run_processes(2, train, shared) == [6] * 2
     assert_same_numbers(tmp_path / "many", tmp_path / "one")
+
+
+def test_a_run_stopped_on_a_pipeline_goes_on_without_and_back(parts: TinyParts, tmp_path: Path) -> None:
+    train(tiny_settings(parts, tmp_path / "one"))
+    output = tmp_path / "many"
+    pipeline = tiny_settings(parts, output, "parallel.pipeline=2")
+    assert run_processes(4, train_two_steps, pipeline) == [2] * 4
+    assert run_processes(2, train_two_steps, tiny_settings(parts, output, "parallel.context=2")) == [4] * 2
+    assert run_processes(2, train, pipeline) == [6] * 2
+    assert_same_numbers(output, tmp_path / "one")
 
 
 def test_a_process_whose_rows_are_all_unusable_goes_along(parts: TinyParts, tmp_path: Path) -> None:

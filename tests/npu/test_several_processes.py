@@ -72,7 +72,7 @@ def test_two_processes_have_the_numbers_of_one(spread: Path, alone: Path) -> Non
     assert_same_numbers(spread, alone)
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.context=2"])
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=2"])
 def test_so_they_have_where_they_share_more(layout: str, alone: Path, parts: TinyParts, tmp_path: Path) -> None:
     assert_same_numbers(train(parts, tmp_path / "run", *TWO, layout), alone)
 

@@ -21,6 +21,7 @@ from llava_core.engine.opset import build_ops as backend_ops
 from llava_core.model.freeze import PARTS
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
+from llava_core.model.stage import Stage
 from llava_core.testing.models import (
     IMAGE_TOKEN_ID,
     classic_name,
@@ -189,6 +190,7 @@ def build_ours(
     trainable: Collection[str] = EVERYTHING,
     compute_dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    stage: Stage | None = None,
 ) -> Llava:
     """This library's model with the weights of `model`; on the device under test, where no other is given."""
     parameters = {ours_name(model, name): p.detach() for name, p in model.named_parameters()}
@@ -202,6 +204,7 @@ def build_ours(
         compute_dtype=compute_dtype,
         device=device or hardware().device,
         trainable=frozenset(trainable),
+        stage=stage,
     )
 
 

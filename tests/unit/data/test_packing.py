@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_core.data.batch import Batch, Counts, Example
-from llava_core.data.packing import build_batch, pack_samples, pad_samples
+from llava_core.data.packing import build_batch, lengthened, pack_samples, pad_samples
 from llava_core.errors import BadRow
 
 PAD = 7
@@ -187,6 +187,19 @@ def test_packed_batch(samples):
 def test_padded_batch(samples):
     batch = build_batch(samples, pad_id=PAD, image_size=IMAGE_SIZE, padded=True)
     assert_equal(batch, slow_batch(samples, padded=True))
+
+
+@given(examples(), st.integers(0, 9))
+def test_a_lengthened_batch_has_a_sample_of_padding_more(samples, missing):
+    expected = slow_batch(samples, padded=False)
+    length = expected["cu_seqlens_host"][-1]
+    if missing:
+        boundaries = (*expected["cu_seqlens_host"], length + missing)
+        expected["tokens"] = torch.cat((expected["tokens"], torch.full((missing,), PAD)))
+        expected["positions"] = torch.cat((expected["positions"], torch.arange(missing)))
+        expected["cu_seqlens"], expected["cu_seqlens_host"] = torch.tensor(boundaries, dtype=torch.int32), boundaries
+        expected["counts"] = expected["counts"] + Counts(pad_tokens=missing)
+    assert_equal(lengthened(build_batch(samples, pad_id=PAD, image_size=IMAGE_SIZE), length + missing, PAD), expected)
 
 
 @given(examples())

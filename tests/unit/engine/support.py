@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from llava_core.data.packing import build_batch
 from llava_core.engine.loss import LossMode
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.opset import Use, build_ops
+from llava_core.engine.pipeline import Pipeline
 from llava_core.engine.shard import Sharding, part_of, shard_data
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
+from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
+from llava_core.model.stage import Stage
 from llava_core.testing.models import (
     IMAGE_TOKEN_ID,
     classic_name,
@@ -29,7 +32,7 @@ from llava_core.testing.models import (
     tiny_text_config,
 )
 from llava_core.weights.hf_config import model_spec
-from llava_core.weights.load import load_model
+from llava_core.weights.load import leave_whole, load_model
 from llava_core.weights.source import ModelSource
 from tests.hardware import hardware
 
@@ -70,10 +73,14 @@ def engine(
     reference_ops: bool = False,
     mesh: Mesh | None = None,
     sharding: Sharding = FULL,
+    stages: Sequence[Stage] = (),
+    num_tokens: int = 0,
+    arrange: Callable[[Llava], None] = leave_whole,
     **learning_rates: float,
 ) -> TorchEngine:
     """An engine over the weights of `model`, on the kernels of the backend under test; 1e-3 for every part without a
-    rate of its own. With a mesh, this process's part of it."""
+    rate of its own. With a mesh, this process's part of it; with stages of a pipeline, these, for micro-batches of
+    `num_tokens`. `arrange` comes before sharding."""
     prefix = "" if spec.vision else "language_model."
     named = {prefix + classic_name(model, name): p.detach() for name, p in model.named_parameters()}
     # SigLIP's pooling head comes after the features and is no part of a LLaVA.
@@ -84,11 +91,18 @@ def engine(
     ops = OpSet.of({}) if reference_ops else ops
     spread: dict[str, Any] = {}
     if mesh is not None:
-        spread = {"arrange": partial(shard_data, mesh=mesh, sharding=sharding), "part_of": part_of}
-    ours = load_model(source, ops, compute_dtype=dtype, device=hardware().device, trainable=parts, **spread)
+
+        def lay_out(ours: Llava) -> None:
+            arrange(ours)
+            shard_data(ours, mesh, sharding)
+
+        spread = {"arrange": lay_out, "part_of": part_of}
+    load = partial(load_model, source, ops, compute_dtype=dtype, device=hardware().device, trainable=parts, **spread)
     rates = {part: learning_rates.get(part, 1e-3) for part in trainable}
     settings = OptimizerSettings(rates, weight_decay, (0.9, 0.999), 1e-8, clip_norm)
-    return TorchEngine(ours, hardware(), settings, loss, mesh)
+    models = [load(stage=stage) for stage in stages or (None,)]
+    pipeline = Pipeline(models, mesh, hardware().device, num_tokens) if stages and mesh is not None else None
+    return TorchEngine(models[0], hardware(), settings, loss, mesh, pipeline)
 
 
 def hf_inputs(example: Example) -> dict[str, Tensor]:
