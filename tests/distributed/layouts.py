@@ -1,0 +1,84 @@
+"""An engine on any layout, and a step's micro-batches as the processes of that layout take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+from torch import Tensor, distributed
+
+from llava_core.data.batch import Batch
+from llava_core.data.packing import filler_batch, lengthened
+from llava_core.engine.context import share_sequences
+from llava_core.engine.layout import Layout
+from llava_core.engine.mesh import Mesh
+from llava_core.engine.pipeline import num_micro_batches
+from llava_core.engine.processes import Processes
+from llava_core.engine.tensor import shard_tensors
+from llava_core.engine.torch_engine import TorchEngine
+from llava_core.model.llava import Llava
+from llava_core.model.stage import Stage
+from llava_core.testing.models import tiny_text_config
+from llava_core.weights.shards import whole_tensor
+from tests.hardware import hardware
+from tests.unit.engine.support import engine, hf_model
+
+NUM_LAYERS = 4
+
+NUM_TOKENS = 120
+"""Of each micro-batch of a pipeline; more than any of the tests' fill."""
+
+
+def this_process() -> Processes:
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    return Processes(rank, size, rank, size)
+
+
+def build_mesh(layout: Layout) -> Mesh | None:
+    """None for one process."""
+    return None if layout.world_size == 1 else Mesh.build(this_process(), layout, hardware().device.type)
+
+
+def build_engine(mesh: Mesh | None, stage_layers: Sequence[int] = (), seed: int = 0, **options: Any) -> TorchEngine:
+    """This process's part of the tiny LLaVA with NUM_LAYERS layers.
+
+    Args:
+        stage_layers: the layers of each stage; as many stages as processes of the pipeline, if not given.
+        options: for `engine`.
+    """
+    model, spec = hf_model(seed, text=tiny_text_config(num_hidden_layers=NUM_LAYERS))
+    if mesh is None:
+        return engine(model, spec, **options)
+    stages: Sequence[Stage] = ()
+    if mesh.layout.pipeline > 1:
+        counts = stage_layers or (NUM_LAYERS // mesh.layout.pipeline,) * mesh.layout.pipeline
+        stages = mesh.own_stages([Stage(range(a, b), NUM_LAYERS) for a, b in pairwise((0, *accumulate(counts)))])
+    spread = partial(share_work, mesh=mesh)
+    return engine(model, spec, mesh=mesh, stages=stages, num_tokens=NUM_TOKENS, arrange=spread, **options)
+
+
+def share_work(model: Llava, mesh: Mesh) -> None:
+    """Context and tensor parallelism, where the mesh has them."""
+    if mesh.layout.context > 1:
+        share_sequences(model, mesh.devices["cp"])
+    if mesh.layout.tensor > 1:
+        shard_tensors(model, mesh.devices["tp"], sequence=True)
+
+
+def take_share(whole: list[Batch], trained: TorchEngine) -> list[Batch]:
+    """This process's micro-batches, and fillers where another has more or the pipeline needs them."""
+    if trained.mesh is None:
+        return whole
+    layout = trained.mesh.layout
+    own, most = whole[trained.mesh.data_index :: layout.data], -(-len(whole) // layout.data)
+    if layout.pipeline > 1:
+        most = num_micro_batches(most, layout.pipeline, interleaved=len(trained.stages) > 1)
+    filled = own + [filler_batch(0, 24)] * (most - len(own))
+    return [lengthened(batch, NUM_TOKENS, 0) for batch in filled] if layout.pipeline > 1 else filled
+
+
+def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gathered by torch, as a reference of its own."""
+    return {name: whole_tensor(tensor.detach()).cpu().clone() for name, tensor in tensors.items()}
