@@ -34,11 +34,6 @@ from llava_core.model.decoder import Decoder
 from llava_core.model.llava import Llava
 
 
-def tokens_of_each(num_tokens: int, size: int) -> int:
-    """How many of a micro-batch's tokens each of `size` processes computes, padding included; all, if it is alone."""
-    return num_tokens if size == 1 else 2 * -(-num_tokens // (2 * size))
-
-
 @dataclass(frozen=True)
 class Chunks:
     """Which of `num_tokens` tokens a process has.
@@ -59,7 +54,7 @@ class Chunks:
     @property
     def length(self) -> int:
         """Tokens of each chunk; the last ones may be padding."""
-        return tokens_of_each(self.num_tokens, self.size) // 2
+        return -(-self.num_tokens // (2 * self.size))
 
     @property
     def own(self) -> tuple[int, int]:

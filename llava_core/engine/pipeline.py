@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from llava_core.data.batch import Batch
-from llava_core.engine.context import tokens_of_each
+from llava_core.engine.context import Chunks
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.parts import Facts
 from llava_core.model.llava import Llava
@@ -53,7 +53,8 @@ class Pipeline:
         self.stages = stages
         self._mesh = mesh
         self._device = device
-        self._num_tokens = tokens_of_each(num_tokens, mesh.layout.context)
+        shared = mesh.layout.context > 1
+        self._num_tokens = 2 * Chunks.of(num_tokens, mesh.devices["cp"]).length if shared else num_tokens
         self._schedule: Schedule1F1B | ScheduleInterleaved1F1B | None = None
         self._num_batches = 0
         self._loss_scale = 1.0
