@@ -16,6 +16,7 @@ from llava_core.engine.layout import Layout
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.pipeline import num_micro_batches
 from llava_core.engine.processes import Processes
+from llava_core.engine.recompute import Keeping, arrange_layers
 from llava_core.engine.tensor import shard_tensors
 from llava_core.engine.torch_engine import TorchEngine
 from llava_core.model.llava import Llava
@@ -26,6 +27,7 @@ from tests.hardware import hardware
 from tests.unit.engine.support import engine, hf_model
 
 NUM_LAYERS = 4
+KEEP_ALL = Keeping()
 
 NUM_TOKENS = 120
 """Of each micro-batch of a pipeline; more than any of the tests' fill."""
@@ -41,11 +43,18 @@ def build_mesh(layout: Layout) -> Mesh | None:
     return None if layout.world_size == 1 else Mesh.build(this_process(), layout, hardware().device.type)
 
 
-def build_engine(mesh: Mesh | None, stage_layers: Sequence[int] = (), seed: int = 0, **options: Any) -> TorchEngine:
+def build_engine(
+    mesh: Mesh | None,
+    stage_layers: Sequence[int] = (),
+    seed: int = 0,
+    keeping: Keeping = KEEP_ALL,
+    **options: Any,
+) -> TorchEngine:
     """This process's part of the tiny LLaVA with NUM_LAYERS layers.
 
     Args:
         stage_layers: the layers of each stage; as many stages as processes of the pipeline, if not given.
+        keeping: in the processes of a mesh.
         options: for `engine`.
     """
     model, spec = hf_model(seed, text=tiny_text_config(num_hidden_layers=NUM_LAYERS))
@@ -55,16 +64,17 @@ def build_engine(mesh: Mesh | None, stage_layers: Sequence[int] = (), seed: int 
     if mesh.layout.pipeline > 1:
         counts = stage_layers or (NUM_LAYERS // mesh.layout.pipeline,) * mesh.layout.pipeline
         stages = mesh.own_stages([Stage(range(a, b), NUM_LAYERS) for a, b in pairwise((0, *accumulate(counts)))])
-    spread = partial(share_work, mesh=mesh)
+    spread = partial(share_work, mesh=mesh, keeping=keeping)
     return engine(model, spec, mesh=mesh, stages=stages, num_tokens=NUM_TOKENS, arrange=spread, **options)
 
 
-def share_work(model: Llava, mesh: Mesh) -> None:
-    """Context and tensor parallelism, where the mesh has them."""
+def share_work(model: Llava, mesh: Mesh, keeping: Keeping) -> None:
+    """Context and tensor parallelism, where the mesh has them, and then recomputation."""
     if mesh.layout.context > 1:
         share_sequences(model, mesh.devices["cp"])
     if mesh.layout.tensor > 1:
         shard_tensors(model, mesh.devices["tp"], sequence=True)
+    arrange_layers(model, keeping)
 
 
 def take_share(whole: list[Batch], trained: TorchEngine) -> list[Batch]:

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from llava_core.data.batch import Labelled
-from llava_core.engine.context import share_sequences
 from llava_core.engine.layout import Layout
 from llava_core.engine.parts import Facts, local_parts
 from llava_core.engine.state import collect, restore
@@ -32,37 +31,17 @@ LAYOUTS = {
     "shard_4": Layout(shard=4),
     "replicate_2": Layout(replicate=2),
     "hybrid_2x2": Layout(replicate=2, shard=2),
-<<<<<<< HEAD
-    "context_2": Layout(context=2),
-    "shard_2_context_2": Layout(shard=2, context=2),
-=======
     "tensor_2": Layout(tensor=2),
     "context_2x2": Layout(shard=2, context=2),
     "pipeline_2": Layout(pipeline=2),
     "pipeline_2x2_interleaved": Layout(pipeline=2, shard=2),
     "pipeline_2_tensor_2": Layout(pipeline=2, tensor=2),
->>>>>>> dfb147d (Test checkpoints of pipelines with those of every other layout)
 }
 STAGE_LAYERS = {"pipeline_2": (1, 3), "pipeline_2x2_interleaved": (1, 1, 1, 1)}
 
 
-<<<<<<< HEAD
-def this_process() -> Processes:
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    return Processes(rank, size, rank, size)
-
-
-def tiny_engine(layout: Layout, seed: int) -> TorchEngine:
-    model, spec = hf_model(seed=seed)
-    mesh = None if layout.world_size == 1 else Mesh.build(this_process(), layout, hardware().device.type)
-    trained = engine(model, spec, mesh=mesh, reference_ops=layout.context > 1)
-    if mesh is not None and layout.context > 1:
-        share_sequences(trained.model, mesh.devices["cp"])
-    return trained
-=======
 def tiny_engine(name: str, seed: int) -> TorchEngine:
     return build_engine(build_mesh(LAYOUTS[name]), STAGE_LAYERS.get(name, ()), seed)
->>>>>>> dfb147d (Test checkpoints of pipelines with those of every other layout)
 
 
 def take_step(trained: TorchEngine, number: int) -> float:
@@ -145,20 +124,12 @@ def go_on(name: str, root: Path) -> list[float]:
     return [take_step(trained, number) for number in (2, 3)]
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(("first", "second"), [("shard_2", "shard_2"), ("context_2", "shard_2"), ("one", "context_2")])
-def test_training_goes_on_under_another_layout(first: str, second: str, saved: Saved) -> None:
-    (expected,) = run_processes(1, go_on, LAYOUTS["one"], saved.roots[first])
-    for found in run_processes(2, go_on, LAYOUTS[second], saved.roots[first]):
-        assert found == pytest.approx(expected, rel=1e-5)  # sums over processes; measured 1e-7
-=======
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training_goes_on_under_another_layout(name: str, saved: Saved) -> None:
     (expected,) = run_processes(1, go_on, "one", saved.roots["one"])
     for source in ("shard_2", "pipeline_2x2_interleaved"):
         for found in run_processes(LAYOUTS[name].world_size, go_on, name, saved.roots[source]):
             assert found == pytest.approx(expected, rel=1e-5)  # sums over processes; measured 1e-7
->>>>>>> dfb147d (Test checkpoints of pipelines with those of every other layout)
 
 
 # ---- tensor parallel, and FSDP over it

@@ -12,6 +12,7 @@ from torch import Tensor
 from llava_core.data.batch import Batch, Labelled
 from llava_core.engine.layout import Layout
 from llava_core.engine.loss import LossMode
+from llava_core.engine.recompute import Keeping, Recompute
 from tests.distributed.layouts import build_engine, build_mesh, take_share, whole_tensors
 from tests.distributed.processes import run_processes
 from tests.unit.engine.support import batches, examples
@@ -30,7 +31,7 @@ class Case:
     stage_layers: tuple[int, ...] = ()
     loss: LossMode = "token_mean"
     trainable: tuple[str, ...] = ("projector", "language")
-    recompute: bool = False
+    recompute: Recompute = "none"
 
 
 CASES = {
@@ -42,7 +43,7 @@ CASES = {
     "everything": Case(Layout(pipeline=2), trainable=("vision", "projector", "language")),
     "micro_batch_mean": Case(Layout(pipeline=2), loss="micro_batch_mean"),
     "sequence_mean": Case(Layout(pipeline=2), loss="sequence_mean"),
-    "recompute": Case(Layout(pipeline=2), recompute=True),
+    "recompute": Case(Layout(pipeline=2), recompute="full"),
     "with_shards": Case(Layout(pipeline=2, shard=2)),
     "with_replicas": Case(Layout(pipeline=2, replicate=2)),
     "interleaved_with_shards": Case(Layout(pipeline=2, shard=2), stage_layers=(1, 1, 1, 1)),
@@ -61,10 +62,8 @@ def step_batches(number: int, spec: Any) -> list[Batch]:
 
 def train(case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """Loss and gradient norm of each step, and what this process's trained weights became."""
-    options = {"trainable": case.trainable, "loss": case.loss}
+    options = {"trainable": case.trainable, "loss": case.loss, "keeping": Keeping(case.recompute)}
     trained = build_engine(build_mesh(case.layout), case.stage_layers, **options)
-    for stage in trained.stages:
-        stage.language_model.model.recompute = case.recompute
     results = []
     for number in range(STEPS):
         whole = step_batches(number, trained.model.spec)
