@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llava_core.errors import WeightsError
 from llava_core.weights.internlm2_tokenizer import CLASSES, load_internlm2_tokenizer
+
+PLAIN_CLASS = "TokenizersBackend"
+"""What `tokenizer_class` says of a tokenizer that is all in its tokenizer.json, as an export's; AutoTokenizer would ask
+config.json too, and warn of models that transformers does not know."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -23,6 +27,8 @@ def load_tokenizer(folder: Path) -> Any:
         config = _tokenizer_config(folder)
         if config.get("tokenizer_class") in CLASSES:
             return load_internlm2_tokenizer(folder, config)
+        if config.get("tokenizer_class") == PLAIN_CLASS:
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except WeightsError:
         raise
