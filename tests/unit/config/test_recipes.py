@@ -1,5 +1,5 @@
 """The recipes hold the hyper-parameters of their sources: scripts/v1_5/pretrain.sh and finetune.sh of LLaVA-1.5,
-llava_internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_pretrain.py of XTuner, Pai-Megatron-Patch's Llama 3.1."""
+llava_internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_pretrain.py of XTuner, Pai-Megatron-Patch's Llama 3.1 and LLaVA."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ LLAVA15 = {
 GIVEN = {
     **LLAVA15,
     "llava-internlm2-20b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
+    "llava-mistral-7b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
     "llama31-8b-sft": ["model.path=llama", "data.path=d.json"],
 }
 
@@ -76,6 +77,17 @@ def test_llama31_8b() -> None:
     assert (optimizer.warmup_steps, config.train.max_steps) == (100, 10000)
     assert (config.batch.global_size, config.data.max_length, config.train.loss) == (8, 128, "sequence_mean")
     assert (config.train.trainable, config.data.images) == (("language",), None)
+    assert (config.parallel.tensor, config.parallel.pipeline) == (4, 2)
+
+
+def test_llava_mistral_7b() -> None:
+    config = recipe("llava-mistral-7b-pretrain")
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (1.5e-4, (0.9, 0.95), 0.01)
+    assert optimizer.final_fraction * optimizer.learning_rate == pytest.approx(1e-5)
+    assert (optimizer.warmup_steps, config.train.max_steps, config.batch.global_size) == (200, 20000, 256)
+    assert (config.data.max_length, config.train.trainable) == (576 + 1024, ("projector",))
+    assert (config.parallel.tensor, config.parallel.pipeline) == (4, 1)
 
 
 @pytest.mark.parametrize("name", [*GIVEN])
