@@ -1,5 +1,5 @@
 """The recipes hold the hyper-parameters of their sources: scripts/v1_5/pretrain.sh and finetune.sh of LLaVA-1.5,
-llava_internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_pretrain.py of XTuner, Pai-Megatron-Patch's Llama 3.1 and LLaVA."""
+llava_internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_pretrain.py of XTuner, Pai-Megatron-Patch's examples."""
 
 from __future__ import annotations
 
