@@ -5,7 +5,8 @@ Shapes: K supervised positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +18,27 @@ CHUNK_LOGITS = 2**27
 """Logits that exist at once: 0.5 GiB in fp32, and still 1,024 rows a matmul at a vocabulary of 128k."""
 
 
+RowLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""From the logits [K, V] of some rows in fp32, their targets and weights [K], and whether a gradient is needed: their
+weighted loss, and its gradient by the logits, which may take the logits' memory."""
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """The linear_cross_entropy op."""
+    return chunked_loss(hidden, weight, targets, weights, whole_rows, rows_at_once(weight.shape[0]))
+
+
+def rows_at_once(num_words: int) -> int:
+    """Of how many rows the logits of so many words may exist at once."""
+    return max(1, CHUNK_LOGITS // num_words)
+
+
+def chunked_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, row_loss: RowLoss, num_rows: int
+) -> Tensor:
+    """The sum of `row_loss` over rows [K, D], multiplied by `weight` [V, D], `num_rows` at a time."""
     # Inside the function below gradients are always off, and it could not tell whether they are wanted.
-    return _ChunkedLoss.apply(hidden, weight, targets, weights, CHUNK_LOGITS, torch.is_grad_enabled())
+    return _ChunkedLoss.apply(hidden, weight, targets, weights, row_loss, num_rows, torch.is_grad_enabled())
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -34,7 +52,8 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         weights: Tensor,
-        chunk_logits: int,
+        row_loss: RowLoss,
+        num_rows: int,
         grad_enabled: bool,
     ) -> Tensor:
         needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
@@ -42,11 +61,10 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = None
-        num_rows = max(1, chunk_logits // weight.shape[0])
         for start in range(0, hidden.shape[0], num_rows):
             rows = slice(start, start + num_rows)
             logits = (hidden[rows] @ weight.T).to(wide)
-            part, grad = _loss_and_gradient(logits, targets[rows], weights[rows], needs_hidden or needs_weight)
+            part, grad = row_loss(logits, targets[rows], weights[rows].to(wide), needs_hidden or needs_weight)
             loss += part
             if grad_hidden is not None and grad is not None:
                 grad_hidden[rows] = grad.to(hidden.dtype) @ weight
@@ -63,19 +81,16 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
-def _loss_and_gradient(
-    logits: Tensor, targets: Tensor, weights: Tensor, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The weighted loss of some rows and its gradient by their logits, which takes the logits' memory."""
+def whole_rows(logits: Tensor, targets: Tensor, weights: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The `RowLoss` of the cross-entropy where logits of all words are there."""
     row = torch.arange(logits.shape[0], device=logits.device)
-    scale = weights.to(logits.dtype)
     log_total = logits.logsumexp(dim=-1)
-    loss = ((log_total - logits[row, targets]) * scale).sum()
+    loss = ((log_total - logits[row, targets]) * weights).sum()
     if not needs_gradient:
         return loss, None
-    grad = logits.sub_(log_total[:, None]).exp_().mul_(scale[:, None])  # weights · softmax
-    grad[row, targets] -= scale
+    grad = logits.sub_(log_total[:, None]).exp_().mul_(weights[:, None])  # weights · softmax
+    grad[row, targets] -= weights
     return loss, grad

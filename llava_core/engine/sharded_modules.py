@@ -33,8 +33,9 @@ class VocabularyLoss:
     mesh: DeviceMesh
 
     def __call__(self, hidden: Tensor, weight: DTensor, targets: Tensor, weights: Tensor) -> Tensor:
-        first_word = self.mesh.get_local_rank() * shard_rows(weight.shape[0], self.mesh.size())
-        return linear_cross_entropy(hidden, weight.to_local(), targets, weights, first_word, self.mesh.get_group())
+        words = shard_rows(weight.shape[0], self.mesh.size())
+        first_word = self.mesh.get_local_rank() * words
+        return linear_cross_entropy(hidden, weight.to_local(), targets, weights, first_word, words, self.mesh)
 
 
 class ShardedLinear(Linear):

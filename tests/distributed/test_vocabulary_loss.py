@@ -5,12 +5,15 @@ Judged in float64 against torch's own cross-entropy of all logits, where sums in
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llava_core.engine import vocabulary_loss
+from llava_core.backend import chunked_loss
 from llava_core.engine.vocabulary_loss import linear_cross_entropy
 from tests.distributed.processes import run_processes
 
@@ -35,6 +38,10 @@ def expected(num_labels: int, scale: float = 1.0) -> Result:
     return loss.detach(), hidden.grad, weight.grad
 
 
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (distributed.get_world_size(),))
+
+
 def shared(
     num_labels: int,
     bounds: tuple[int, ...],
@@ -45,14 +52,13 @@ def shared(
 ) -> Result:
     """On this process, which has the words between its two `bounds`."""
     if chunk_logits is not None:
-        vocabulary_loss.CHUNK_LOGITS = chunk_logits  # in a process of this test alone
+        chunked_loss.CHUNK_LOGITS = chunk_logits  # in a process of this test alone
     hidden, weight, targets, weights = inputs(num_labels, scale)
     rank = distributed.get_rank()
     first, end = bounds[rank : rank + 2]
     hidden, shard = hidden.to(dtype).requires_grad_(), weight[first:end].to(dtype).requires_grad_(learn_words)
-    group = distributed.group.WORLD
-    assert group is not None
-    loss = 3 * linear_cross_entropy(hidden, shard, targets, weights, first, group)
+    most_words = max(b - a for a, b in pairwise(bounds))
+    loss = 3 * linear_cross_entropy(hidden, shard, targets, weights, first, most_words, mesh())
     loss.backward()
     return loss.detach(), hidden.grad, shard.grad
 
@@ -71,9 +77,11 @@ def test_it_is_cross_entropy(bounds: tuple[int, ...]) -> None:
     check(run_processes(len(bounds) - 1, shared, 37, bounds), expected(37), 1e-12)
 
 
-def test_a_few_rows_at_a_time() -> None:
-    # 60 logits: 4 rows of 15 words, so that 37 rows take ten rounds, the last of one row
-    check(run_processes(2, shared, 37, (0, 15, 30), 1.0, torch.float64, 60), expected(37), 1e-12)
+@pytest.mark.parametrize("bounds", [(0, 15, 30), (0, 16, 30)])
+def test_a_few_rows_at_a_time(bounds: tuple[int, ...]) -> None:
+    # 60 logits: 4 rows of 15 words, so that 37 rows take ten rounds, the last of one row; of 16 words 3 rows, and as
+    # many where there are 14 words, of which 4 rows would fit.
+    check(run_processes(2, shared, 37, bounds, 1.0, torch.float64, 60), expected(37), 1e-12)
 
 
 def test_logits_whose_exponentials_overflow() -> None:
@@ -106,11 +114,9 @@ def test_sums_are_fp32_where_activations_are_not() -> None:
 def loss_alone() -> Tensor:
     hidden, weight, targets, weights = inputs(11)
     first = 15 * distributed.get_rank()
-    group = distributed.group.WORLD
-    assert group is not None
     with torch.no_grad():
         return linear_cross_entropy(
-            hidden.requires_grad_(), weight[first : first + 15].requires_grad_(), targets, weights, first, group
+            hidden.requires_grad_(), weight[first : first + 15].requires_grad_(), targets, weights, first, 15, mesh()
         )
 
 
