@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import sys
@@ -51,6 +52,7 @@ signal.signal(signal.SIGTERM, stop_on)
 put("ready")
 while not signals:
     time.sleep(0.01)
+put("asked")
 time.sleep(SAVE_SECONDS)
 put("saved", signals)
 sys.exit(128 + signals[0])
@@ -136,9 +138,15 @@ class World:
 
 
 def free_port() -> int:
-    """A port that nobody has; the next one asked for is another."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port that nobody has, below those that the system gives to whoever asks for any: it is still free when used."""
+    ports = random.SystemRandom()  # not seeded: tests that run side by side must not draw the same
+    while True:
+        port = ports.randrange(20_000, 32_000)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
 
 
 def await_true(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT_SECONDS) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -23,7 +22,9 @@ from llava_core.plugins import Registry
 from tests.distributed.layouts import build_engine, take_share
 from tests.unit.engine.support import batches, examples
 
-TIMEOUT = timedelta(seconds=2)
+TIMEOUT = timedelta(seconds=5)
+"""Of each exchange, and of the meeting before the first, which three processes on a busy core need some time for."""
+
 WAIT_SECONDS = 60
 HOST_NAME = os.uname().nodename
 LOOPBACK = "127.0.0.1"
@@ -95,13 +96,11 @@ def gather_twice_without_1(processes: Processes) -> object:
 
 def test_a_process_that_stops_is_named_by_the_others(peers: Callable[..., Peers]) -> None:
     found = peers(gather_twice_without_1)
-    started = time.monotonic()
     for rank in (0, 2):
         answer = found.answer(rank)
         assert answer.startswith(f"TrainingError: no answer from rank 1 on {HOST_NAME}: ")
         assert "rank 0" not in answer
         assert "rank 2" not in answer
-    assert time.monotonic() - started < TIMEOUT.total_seconds() + 10  # the timeout, the roll call, a busy machine
 
 
 def die_in_a_gather(processes: Processes) -> object:

@@ -19,7 +19,7 @@ from llava_core.testing.datasets import TinyParts, tiny_parts
 from tests.distributed.launching import await_true, free_port
 from tests.unit.cli.support import run
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 """Each process imports PyTorch, on a busy machine for a long time."""
 
 LLAVA_CORE = [sys.executable, "-m", "llava_core"]
