@@ -96,9 +96,9 @@ def _typed_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
     """Every dotted key with its type."""
     for name, info in model.model_fields.items():
         section = next((t for t in (info.annotation, *get_args(info.annotation)) if _is_section(t)), None)
-        if section is None:
+        if section is None or get_origin(info.annotation) is tuple:
             yield prefix + name, info.annotation
-        else:
+        if section is not None:
             yield from _typed_keys(section, f"{prefix}{name}.")
 
 
@@ -131,9 +131,13 @@ def _set(settings: DictConfig, key: str, value: Any, said: str) -> DictConfig:
     """The settings with one more; a mapping is merged into the one that is there."""
     one = OmegaConf.create()
     try:
-        OmegaConf.update(one, key, value)
-        merged = OmegaConf.merge(settings, one)
-    except OmegaConfBaseException as error:
+        if without_numbers(key) != key:  # within a list, which merging would replace
+            merged: Any = settings.copy()
+            OmegaConf.update(merged, key, value)
+        else:
+            OmegaConf.update(one, key, value)
+            merged = OmegaConf.merge(settings, one)
+    except (OmegaConfBaseException, TypeError) as error:  # a TypeError where a section is put in a list's place
         raise ConfigError(f"{said} cannot be set: {error}") from error
     assert isinstance(merged, DictConfig)
     return merged
@@ -141,7 +145,7 @@ def _set(settings: DictConfig, key: str, value: Any, said: str) -> DictConfig:
 
 def _is_text(key: str) -> bool:
     """Whether a key's value is a path or any text, which YAML must not read: it would cut at ` #` and split at `: `."""
-    types = dict(_typed_keys(RunConfig))
+    types, key = dict(_typed_keys(RunConfig)), without_numbers(key)
     kind, parent = types.get(key), types.get(key.rpartition(".")[0])
     if kind is None and get_origin(parent) is dict:
         kind = get_args(parent)[1]
@@ -185,12 +189,23 @@ def _explain(problem: Any) -> str:
 
 def _nearest(key: str) -> str:
     keys = list(known_keys())
-    leaves = {known.rpartition(".")[2]: known for known in keys}
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    by_leaf = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.8)
+    section, _, leaf = key.rpartition(".")
+    general = without_numbers(section)
+    # A key of the same section goes before one of that name elsewhere.
+    leaves = {known.rpartition(".")[2]: known for known in sorted(keys, key=lambda k: k.rpartition(".")[0] == general)}
+    close = difflib.get_close_matches(without_numbers(key), keys, n=1, cutoff=0.5)
+    by_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
     if by_leaf:
         close = [leaves[by_leaf[0]]]
-    return f" Did you mean {close[0]!r}?" if close else f" Sections: {', '.join(RunConfig.model_fields)}."
+    if not close:
+        return f" Sections: {', '.join(RunConfig.model_fields)}."
+    parent, _, name = close[0].rpartition(".")
+    return f" Did you mean {(f'{section}.{name}' if parent and parent == general else close[0])!r}?"
+
+
+def without_numbers(key: str) -> str:
+    """The key of a list's entry as that of every entry."""
+    return ".".join(part for part in key.split(".") if not part.isdigit())
 
 
 def _is_section(annotation: object) -> bool:

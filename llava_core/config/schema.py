@@ -83,24 +83,66 @@ COMPOSED_ONLY = (
 )
 
 
-class DataConfig(Section):
-    """What is trained on, and how a row becomes tokens."""
+class SourceConfig(Section):
+    """One data set of several. What is not given here is as in `data`."""
 
-    path: Path = Field(description="a LLaVA JSON or JSONL file")
+    path: Path = Field(description="a data file")
     images: Path | None = Field(None, description="the folder that image paths are relative to")
     reader: str | None = Field(None, description="a registered reader; by the file's suffix if not given")
-    template: str = Field(
-        "v1",
-        description="a registered conversation template, a YAML file of one, or `tokenizer` for the tokenizer's own",
+    template: str | None = Field(None, description="a conversation template")
+    weight: PositiveFloat | None = Field(None, description="its share of each epoch; in every source, or in none")
+    split: str | None = Field(None, description="which part of the data set, for a reader that knows parts")
+
+
+class DataConfig(Section):
+    """What is trained on, and how a row becomes tokens: `path` alone, or several `sources`."""
+
+    path: Path | None = Field(None, description="a data file, e.g. LLaVA JSON or JSONL")
+    images: Path | None = Field(None, description="the folder that image paths are relative to")
+    reader: str | None = Field(None, description="a registered reader; by the file's suffix if not given")
+    template: str | None = Field(
+        None,
+        description="a registered conversation template, a YAML file of one, or `tokenizer` for the tokenizer's own; "
+        "v1 if not given, and text where there are no conversations",
     )
+    split: str | None = Field(None, description="which part of the data set, for a reader that knows parts")
+    sources: tuple[SourceConfig, ...] = Field((), description="several data sets in place of path")
     image_aspect: Literal["square", "pad"] = Field("pad", description="crop to a square, or pad to one")
     max_length: PositiveInt = Field(2048, description="tokens of a sample, its visual tokens included")
+    overlong: Literal["truncate", "drop", "split"] | None = Field(
+        None,
+        description="what becomes of a longer one; if not given, conversations are truncated and documents split",
+    )
     order: Literal["shuffled", "sequential", "modality_length"] = Field(
         "shuffled", description="modality_length: the original LLaVA's grouping by modality and length"
     )
     num_workers: NonNegativeInt = Field(0, description="processes that decode; 0 decodes in the trainer")
     max_bad_fraction: Fraction = Field(0.01, description="the run stops when more rows than this are unusable")
     max_image_pixels: PositiveInt = Field(100_000_000, description="larger images are refused before decoding")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> DataConfig:
+        if not self.sources:
+            if self.path is None:
+                raise PydanticCustomError(NOT_GIVEN, "set path (one data set), or sources (several)")
+            return self
+        clashing = [key for key in ("path", "split") if getattr(self, key) is not None]
+        if clashing:
+            raise ValueError(f"sources has several data sets, so {', '.join(clashing)} cannot be set beside it")
+        weighted = [number for number, source in enumerate(self.sources) if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            raise ValueError(f"sources {weighted} have a weight and others have none: give each one, or none")
+        return self
+
+    @property
+    def inputs(self) -> tuple[SourceConfig, ...]:
+        """The data sets, in the one form that both ways to give them become; `template` is left to whoever reads."""
+        if self.path is not None:
+            return (SourceConfig(path=self.path, images=self.images, reader=self.reader, split=self.split),)
+        return tuple(
+            source.model_copy(update={"images": source.images or self.images, "reader": source.reader or self.reader})
+            for source in self.sources
+        )
 
 
 class BatchConfig(Section):

@@ -30,10 +30,12 @@ class Conversation:
     Attributes:
         pieces: text and image slots in order; no span is empty and no two neighbours are equally trainable.
         adds_bos: True if the tokenizer is to put its BOS in front; False where the text brings its own.
+        adds_eos: True if the tokenizer's EOS is to follow, as a target.
     """
 
     pieces: tuple[Span | ImageSlot, ...]
     adds_bos: bool = True
+    adds_eos: bool = False
 
     @property
     def text(self) -> str:
@@ -74,7 +76,7 @@ class Template(ABC):
             BadRow: `role_order` if the roles do not alternate from human to a last assistant; `no_supervised_token` if
                 every answer is empty; what the template itself refuses.
         """
-        conversation = _join(self._spans(_checked(turns, "assistant")), self.adds_bos)
+        conversation = join_spans(self._spans(_checked(turns, "assistant")), self.adds_bos)
         if conversation.is_prompt:
             raise BadRow("no_supervised_token", "every answer is empty; give the row an answer or remove it")
         return conversation
@@ -86,7 +88,7 @@ class Template(ABC):
             BadRow: `role_order` if the roles do not alternate from human to a last human.
         """
         spans = self._prompt_spans(_checked(turns, "human"))
-        return _join([replace(span, trainable=False) for span in spans], self.adds_bos)
+        return join_spans([replace(span, trainable=False) for span in spans], self.adds_bos)
 
     @abstractmethod
     def _spans(self, turns: Sequence[Turn]) -> list[Span]:
@@ -128,7 +130,7 @@ def _image_first(text: str) -> str:
     return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
 
 
-def _join(spans: Sequence[Span], adds_bos: bool) -> Conversation:
+def join_spans(spans: Sequence[Span], adds_bos: bool, adds_eos: bool = False) -> Conversation:
     """Cuts the spans at image marks and joins neighbours that are equally trainable."""
     pieces: list[Span | ImageSlot] = []
     for span in spans:
@@ -140,4 +142,4 @@ def _join(spans: Sequence[Span], adds_bos: bool) -> Conversation:
                 pieces[-1] = Span(last.text + text, span.trainable)
             elif text:
                 pieces.append(Span(text, span.trainable))
-    return Conversation(tuple(pieces), adds_bos)
+    return Conversation(tuple(pieces), adds_bos, adds_eos)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llava_core.data.batch import Example
-from llava_core.data.image_store import ImageStore
+from llava_core.data.conversation import check_image_count
 from llava_core.data.images import ImageProcessor
-from llava_core.data.readers import Reader
-from llava_core.data.records import Record
-from llava_core.data.templates import Template, check_image_count
-from llava_core.data.tokens import encode
+from llava_core.data.overlong import Encoded, Overlong, fit
+from llava_core.data.readers import Content
+from llava_core.data.readers.index import IntArray
+from llava_core.data.records import EmbeddedImage, Record, Row, TokenRow
+from llava_core.data.sources import Place, Source, Sources
+from llava_core.data.tokens import encode_whole
 from llava_core.errors import BadRow, TrainingError
 
 ROWS_PER_MESSAGE = 8
@@ -26,60 +29,115 @@ ROWS_PER_MESSAGE = 8
 
 @dataclass(frozen=True)
 class ImageSide:
-    """How a row's images become pixels."""
+    """How a decoded image becomes pixels."""
 
-    store: ImageStore
     processor: ImageProcessor
     visual_tokens: int
 
 
 @dataclass(frozen=True)
-class ExampleBuilder:
-    """Rows to examples. Has no state, so that any worker gives the same example for the same row."""
+class Built:
+    """What a row became.
 
-    reader: Reader
-    template: Template
+    Attributes:
+        examples: one as a rule; several pieces of a row that was split; none of one that was dropped.
+        overlong: whether the row was longer than a sample may be.
+    """
+
+    examples: tuple[Example, ...]
+    overlong: bool
+
+
+@dataclass(frozen=True)
+class ExampleBuilder:
+    """Rows to examples. Has no state, so that any worker gives the same examples for the same row.
+
+    Attributes:
+        vocab_size: rows of the model's embedding: token ids of data that was tokenised elsewhere stay below.
+        overlong: what becomes of a row of more than `max_length` tokens, by what its source holds.
+    """
+
+    sources: Sources
     tokenizer: Any
     images: ImageSide | None
     pad_id: int
+    vocab_size: int
     max_length: int
+    overlong: Mapping[Content, Overlong]
 
-    def build(self, record: Record) -> Example:
-        """The example of one row.
+    def build(self, place: Place, row: Row) -> Built:
+        """The examples of one row.
 
         Raises:
             BadRow: the row cannot be used.
         """
+        source = self.sources.sources[place.source]
+        wholes = self._encode_ids(row) if isinstance(row, TokenRow) else [self._encode_text(source, row)]
+        visual_tokens = self.images.visual_tokens if self.images else 1
+        overlong = self.overlong[source.reader.content]
+        pieces = [piece for whole in wholes for piece in fit(whole, visual_tokens, self.max_length, overlong)]
+        images = row.images if isinstance(row, Record) else ()
+        return Built(
+            examples=tuple(
+                Example(
+                    row.id,
+                    piece.tokens,
+                    piece.supervised,
+                    piece.image_starts,
+                    self._pixels(source, images[piece.first_image :][: len(piece.image_starts)]),
+                    visual_tokens,
+                )
+                for piece in pieces
+            ),
+            overlong=any(whole.length > self.max_length for whole in wholes),
+        )
+
+    def _encode_text(self, source: Source, record: Record) -> Encoded:
         if record.images and self.images is None:
-            raise BadRow("unexpected_image", "the row has an image, and there is no image folder or no vision tower.")
-        conversation = self.template.render(record.turns)
+            raise BadRow("unexpected_image", "the row has an image, and the model has no vision tower.")
+        assert source.template is not None  # of a source of text
+        conversation = source.template.render(record.turns)
         check_image_count(conversation, len(record.images))
         visual_tokens = self.images.visual_tokens if self.images else 1
-        encoded = encode(
-            conversation,
-            self.tokenizer,
-            visual_tokens=visual_tokens,
-            pad_id=self.pad_id,
-            max_length=self.max_length,
-        )
-        kept = record.images[: len(encoded.image_starts)]
-        pixels = None
-        if self.images is not None and kept:
-            pixels = torch.stack([self.images.processor(self.images.store.open(name)) for name in kept])
-        return Example(record.id, encoded.tokens, encoded.supervised, encoded.image_starts, pixels, visual_tokens)
+        return encode_whole(conversation, self.tokenizer, visual_tokens=visual_tokens, pad_id=self.pad_id)
+
+    def _encode_ids(self, row: TokenRow) -> list[Encoded]:
+        for sequence in row.sequences:
+            beyond = sequence.tokens[(sequence.tokens < 0) | (sequence.tokens >= self.vocab_size)]
+            if beyond.size:
+                raise BadRow(
+                    "unknown_token",
+                    f"the row holds the token {beyond[0]}, and the model's embedding has {self.vocab_size} rows: "
+                    "the data was made with another tokenizer",
+                )
+        wholes = [Encoded(torch.from_numpy(s.tokens), torch.from_numpy(s.supervised), ()) for s in row.sequences]
+        # One of several without a target is no fault of the others.
+        return [whole for whole in wholes if whole.has_target] or wholes
+
+    def _pixels(self, source: Source, images: Sequence[str | EmbeddedImage]) -> Tensor | None:
+        if not images:
+            return None
+        assert self.images is not None  # no slot otherwise
+        assert source.images is not None
+        return torch.stack([self.images.processor(source.images.open(image)) for image in images])
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that could not be used."""
+    """A row that could not be used.
+
+    Attributes:
+        source, index: which of its source's rows, both counted from 0.
+    """
 
     id: str
     index: int
     reason: str
     message: str
+    source: int = 0
 
 
-def decoded(builder: ExampleBuilder, rows: Sequence[int], num_workers: int) -> Iterator[Example | Rejected]:
+def decoded(builder: ExampleBuilder, rows: IntArray, num_workers: int) -> Iterator[Built | Rejected]:
     """The examples of these rows, in their order, by `num_workers` processes; by this one without any."""
     loader = DataLoader(
         _Rows(builder, rows),
@@ -110,29 +168,30 @@ def naming_killed_workers() -> Iterator[None]:
         ) from error
 
 
-class _Rows(Dataset[list[Example | Rejected]]):
+class _Rows(Dataset[list[Built | Rejected]]):
     """Groups of rows, for PyTorch's loader to hand to its workers."""
 
-    def __init__(self, builder: ExampleBuilder, rows: Sequence[int]) -> None:
+    def __init__(self, builder: ExampleBuilder, rows: IntArray) -> None:
         self.builder = builder
         self.rows = rows
 
     def __len__(self) -> int:
         return -(-len(self.rows) // ROWS_PER_MESSAGE)
 
-    def __getitem__(self, group: int) -> list[Example | Rejected]:
+    def __getitem__(self, group: int) -> list[Built | Rejected]:
         rows = self.rows[group * ROWS_PER_MESSAGE : (group + 1) * ROWS_PER_MESSAGE]
-        return [_build_or_reject(self.builder, row) for row in rows]
+        return [_build_or_reject(self.builder, int(row)) for row in rows]
 
 
-def _build_or_reject(builder: ExampleBuilder, row: int) -> Example | Rejected:
-    row_id = f"row-{row}"  # for a row that is too broken to tell its own
+def _build_or_reject(builder: ExampleBuilder, index: int) -> Built | Rejected:
+    place = builder.sources.find(index)
+    row_id = f"row-{place.row}"  # for a row that is too broken to tell its own
     try:
-        record = builder.reader.read(row)
-        row_id = record.id
-        return builder.build(record)
+        row = builder.sources.sources[place.source].reader.read(place.row)
+        row_id = row.id
+        return builder.build(place, row)
     except BadRow as bad:
-        return Rejected(row_id, row, bad.reason, bad.message)
+        return Rejected(row_id, place.row, bad.reason, bad.message, place.source)
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
+from llava_core.data.records import EmbeddedImage
 from llava_core.errors import BadRow, DataError
 
 # Pixels of the largest image made on the way (512 MiB): a 1 x 100000 image is small on disk and in memory, but
@@ -25,50 +29,62 @@ DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, 
 
 
 class ImageStore:
-    """The image folder of a data set: nothing outside it is read, and nothing large is decoded.
+    """The images of a data set, in a folder or in the rows: nothing outside is read, and nothing large is decoded.
+
+    Args:
+        root: the folder; None where rows bring their images along.
 
     Raises:
         DataError: `root` is not a folder.
     """
 
-    def __init__(self, root: Path, max_pixels: int) -> None:
-        if not root.is_dir():
+    def __init__(self, root: Path | None, max_pixels: int) -> None:
+        if root is not None and not root.is_dir():
             raise DataError(f"the image folder {root} is not a folder that can be read; check the path")
         Image.init()  # fills Image.OPEN, which lacks the formats this Pillow was built without
-        self.root = root.resolve()
+        self.root = None if root is None else root.resolve()
         self.max_pixels = max_pixels
         self._formats = tuple(name for name in FORMATS if name in Image.OPEN)
 
-    def open(self, relative: str) -> Image.Image:
-        """The decoded image, with the pixels of `Image.open(path).convert("RGB")`, as the original LLaVA reads it.
+    def open(self, image: str | EmbeddedImage) -> Image.Image:
+        """The decoded image, by its path in the folder or from its bytes.
+
+        Its pixels are those of `Image.open(path).convert("RGB")`, as the original LLaVA reads it.
 
         EXIF rotation is not applied and transparency is dropped, not blended: the original does neither.
 
         Raises:
-            BadRow: `image_outside_folder`, `missing_image`, `image_too_large` (from the header, before decoding) or
-                `broken_image`.
+            BadRow: `image_outside_folder`, `missing_image`, `image_too_large` (from the header, before decoding),
+                `broken_image`, or `unexpected_image` for a path without a folder.
         """
-        path = self._locate(relative)
+        if isinstance(image, EmbeddedImage):
+            return self._decode(image.name, lambda: io.BytesIO(image.data))
+        path = self._locate(image)
+        return self._decode(image, lambda: path.open("rb"))
+
+    def _decode(self, name: str, open_file: Callable[[], BinaryIO]) -> Image.Image:
         try:
-            with path.open("rb") as file, warnings.catch_warnings():
+            with open_file() as file, warnings.catch_warnings():
                 # The limit that holds is max_pixels; Pillow's warning would come beside it, or alone and to no effect.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 warnings.filterwarnings("ignore", message="Palette images with Transparency")
                 image = Image.open(file, formats=self._formats)
-                check_size(f"{relative!r}", image.size, self.max_pixels)
+                check_size(f"{name!r}", image.size, self.max_pixels)
                 rgb = image.convert("RGB")
         except BadRow:  # a ValueError too
             raise
         except Image.DecompressionBombError as error:
-            raise BadRow("image_too_large", f"{relative!r}: {error} The limit is {self.max_pixels} pixels") from error
+            raise BadRow("image_too_large", f"{name!r}: {error} The limit is {self.max_pixels} pixels") from error
         except DAMAGED as error:
-            raise BadRow("broken_image", f"{relative!r} cannot be read: {type(error).__name__}: {error}") from error
+            raise BadRow("broken_image", f"{name!r} cannot be read: {type(error).__name__}: {error}") from error
         # Left there by palette images: other libraries would take it as a colour to blend on white.
         rgb.info.pop("transparency", None)
         return rgb
 
     def _locate(self, relative: str) -> Path:
         """The real path of a file in the folder; every link followed, so that what is inside cannot lead out."""
+        if self.root is None:
+            raise BadRow("unexpected_image", f"the row has the image {relative!r}, and no image folder is given")
         try:
             path = Path(os.path.realpath(self.root / relative))
         except ValueError as error:  # a NUL, or half of a surrogate pair

@@ -8,10 +8,12 @@ from itertools import islice
 from typing import Any
 
 from llava_core.data.batch import Batch, Counts, Example, Labelled
-from llava_core.data.examples import ExampleBuilder, Rejected, decoded
+from llava_core.data.examples import Built, ExampleBuilder, Rejected, decoded
 from llava_core.data.packing import build_batch, filler_batch, lengthened, pack_samples, pad_samples
 from llava_core.data.quarantine import Quarantine
+from llava_core.data.readers.index import IntArray
 from llava_core.data.share import WHOLE, News, Share, exchange
+from llava_core.data.sources import Place
 from llava_core.errors import DataError
 
 
@@ -22,11 +24,13 @@ class Step:
     Attributes:
         batches: this process's micro-batches, as many as each other's: where it has fewer, fillers without labels.
         counts, labelled: over all processes, without fillers.
+        num_overlong: rows, over all processes, that were longer than a sample may be.
     """
 
     batches: tuple[Batch, ...]
     counts: Counts
     labelled: Labelled
+    num_overlong: int
 
 
 def as_many(count: int) -> int:
@@ -88,10 +92,12 @@ class StepLoader:
 
     A step takes the next `global_size` rows of the epoch, the last step of an epoch what is left. Micro-batches never
     reach across a step, so the position is the whole state: there is nothing half-packed to carry over. An unusable row
-    is listed in the quarantine and leaves its step one sample smaller; no other row takes its place.
+    is listed in the quarantine and leaves its step one sample smaller; no other row takes its place. A row that is
+    split or dropped for its length makes its step larger or smaller alike.
 
     Args:
-        order: the rows' indices of an epoch, by its number.
+        order: the rows' indices of an epoch, by its number; as many for each.
+        num_rows: of an epoch.
         num_workers: processes that decode; the steps are the same for any number.
         share: of each step's rows, for this process.
     """
@@ -99,16 +105,16 @@ class StepLoader:
     def __init__(
         self,
         builder: ExampleBuilder,
-        order: Callable[[int], list[int]],
+        order: Callable[[int], IntArray],
+        num_rows: int,
         batching: Batching,
         quarantine: Quarantine,
         num_workers: int,
         share: Share = WHOLE,
     ) -> None:
-        if len(builder.reader) == 0:
-            raise DataError("the data set has no rows.")
         self.builder = builder
         self.order = order
+        self.num_rows = num_rows
         self.batching = batching
         self.quarantine = quarantine
         self.num_workers = num_workers
@@ -119,7 +125,7 @@ class StepLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one epoch, the last of which may be smaller."""
-        return -(-len(self.builder.reader) // self.batching.global_size)
+        return -(-self.num_rows // self.batching.global_size)
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from the current position on.
@@ -134,7 +140,10 @@ class StepLoader:
                 any_usable |= bool(step.batches)
                 yield step
             if not any_usable:
-                raise DataError(f"no row of the data set can be used; the reasons are in {self.quarantine.path}.")
+                raise DataError(
+                    "no row of the data set can be used: all were dropped for their length (data.overlong), or are in "
+                    f"{self.quarantine.path} with their reasons."
+                )
             self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +151,7 @@ class StepLoader:
         return {
             "epoch": self.epoch,
             "position": self.position,
-            "data": self.builder.reader.fingerprint,
+            "data": self.builder.sources.fingerprint,
             "quarantine": self.quarantine.state_dict(),
         }
 
@@ -152,10 +161,11 @@ class StepLoader:
         Raises:
             DataError: the data set is another one.
         """
-        then, now = dict(state["data"]), dict(self.builder.reader.fingerprint)
-        if (then | {"path": ""}) != (now | {"path": ""}):  # a data set may be moved, not changed
+        then, now = list(state["data"]), self.builder.sources.fingerprint
+        # A data set may be moved, not changed.
+        if [{**one, "path": ""} for one in then] != [{**one, "path": ""} for one in now]:
             raise DataError(
-                f"the checkpoint was made on {then}, this data set is {now}: the order of samples cannot be continued. "
+                f"the checkpoint was made on {then}, this data is {now}: the order of samples cannot be continued. "
                 "Restore the file (images may be mended in place), or start afresh with another output folder."
             )
         self.epoch, self.position = state["epoch"], state["position"]
@@ -163,31 +173,42 @@ class StepLoader:
 
     def _epoch(self) -> Iterator[Step]:
         size, rows = self.batching.global_size, self.order(self.epoch)[self.position :]
-        steps = [rows[start : start + size] for start in range(0, len(rows), size)]
-        own = [self.share.of(step, self.batching.chunk) for step in steps]
-        results = decoded(self.builder, [row for share in own for row in share], self.num_workers)
-        for step, share in zip(steps, own, strict=True):
-            yield self._step(step, list(islice(results, len(share))))
+        own = self.share.of(len(rows), size, self.batching.chunk)
+        results = decoded(self.builder, rows[own], self.num_workers)
+        for start in range(0, len(rows), size):
+            num_own = int(own[start : start + size].sum())
+            yield self._step(rows[start : start + size], list(islice(results, num_own)))
 
-    def _step(self, rows: Sequence[int], results: Sequence[Example | Rejected]) -> Step:
+    def _step(self, rows: IntArray, results: Sequence[Built | Rejected]) -> Step:
         """The step of these rows, of which `results` are this process's."""
-        examples = [result for result in results if isinstance(result, Example)]
+        built = [result for result in results if isinstance(result, Built)]
+        examples = [example for one in built for example in one.examples]
         batches = self.batching.split(examples) if examples else ()
-        counts = sum((batch.counts for batch in batches), Counts())
-        rejected = tuple(result for result in results if isinstance(result, Rejected))
-        own = News(self.share.index, counts, Labelled.of(batches), len(batches), rejected)
+        own = News(
+            index=self.share.index,
+            counts=sum((batch.counts for batch in batches), Counts()),
+            labelled=Labelled.of(batches),
+            num_batches=len(batches),
+            num_good=len(built),
+            num_overlong=sum(one.overlong for one in built),
+            rejected=tuple(result for result in results if isinstance(result, Rejected)),
+        )
         every = exchange(self.share, own)
         self.position += len(rows)
-        counts = sum((news.counts for news in every), Counts())
-        self._count_rows(counts.samples, [bad for news in every for bad in news.rejected], rows)
+        self._count_rows(sum(news.num_good for news in every), [bad for news in every for bad in news.rejected], rows)
         most = max(news.num_batches for news in every)
         fillers = self.batching.fillers(self.batching.num_batches(most) - len(batches)) if most else ()
-        return Step((*batches, *fillers), counts, sum((news.labelled for news in every), Labelled()))
+        return Step(
+            batches=(*batches, *fillers),
+            counts=sum((news.counts for news in every), Counts()),
+            labelled=sum((news.labelled for news in every), Labelled()),
+            num_overlong=sum(news.num_overlong for news in every),
+        )
 
-    def _count_rows(self, num_good: int, rejected: Sequence[Rejected], rows: Sequence[int]) -> None:
+    def _count_rows(self, num_good: int, rejected: Sequence[Rejected], rows: IntArray) -> None:
         """Every process counts the rows of all, so that all stop at the same step; one of them lists the bad ones."""
-        place = {row: position for position, row in enumerate(rows)}
+        order = {self.builder.sources.find(int(row)): position for position, row in enumerate(rows)}
         self.quarantine.add_good(num_good)
-        for bad in sorted(rejected, key=lambda bad: place[bad.index]):
-            self.quarantine.add(bad.id, bad.index, bad.reason, bad.message)
+        for bad in sorted(rejected, key=lambda bad: order[Place(bad.source, bad.index)]):
+            self.quarantine.add(bad.id, bad.index, bad.reason, bad.message, bad.source)
         self.quarantine.check()

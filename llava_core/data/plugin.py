@@ -7,19 +7,31 @@ from llava_core.plugins import Contribution, hookimpl
 
 @hookimpl
 def llava_register_readers() -> list[Contribution]:
+    module = "llava_core.data.readers"
     return [
+        Contribution("llava_json", f"{module}.llava:LlavaJsonReader", "LLaVA JSON: one array of rows", api_version=1),
+        Contribution("llava_jsonl", f"{module}.llava:LlavaJsonlReader", "LLaVA JSONL: one row a line", api_version=1),
         Contribution(
-            "llava_json",
-            "llava_core.data.readers.llava:LlavaJsonReader",
-            "LLaVA JSON: one array of rows",
+            "alpaca",
+            f"{module}.instructions:AlpacaReader",
+            "Alpaca JSON or JSONL: instruction, input, output",
             api_version=1,
         ),
         Contribution(
-            "llava_jsonl",
-            "llava_core.data.readers.llava:LlavaJsonlReader",
-            "LLaVA JSONL: one row a line",
+            "sharegpt",
+            f"{module}.instructions:ShareGptReader",
+            "ShareGPT or chat messages, JSON or JSONL",
             api_version=1,
         ),
+        Contribution("text", f"{module}.text:TextReader", "plain text: one document a line", api_version=1),
+        Contribution("megatron", f"{module}.megatron:MegatronReader", "Megatron .bin/.idx: documents", api_version=1),
+        Contribution(
+            "megatron_sft",
+            f"{module}.megatron:MegatronSftReader",
+            "Megatron .bin/.idx: conversations packed by Pai-Megatron-Patch",
+            api_version=1,
+        ),
+        Contribution("text_json", f"{module}.text:TextJsonReader", "JSON or JSONL documents: text", api_version=1),
     ]
 
 
@@ -42,4 +54,9 @@ def llava_register_templates() -> list[Contribution]:
     offered = [
         Contribution(name, f"{module}:{name.upper()}", summary, api_version=1) for name, summary in summaries.items()
     ]
-    return [*offered, Contribution("vicuna", f"{module}:V1", "another name of v1", api_version=1)]
+    document = "a document as it stands, all of it learnt"
+    return [
+        *offered,
+        Contribution("vicuna", f"{module}:V1", "another name of v1", api_version=1),
+        Contribution("text", "llava_core.data.documents:TEXT", document, api_version=1),
+    ]

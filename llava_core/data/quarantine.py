@@ -49,16 +49,20 @@ class Quarantine:
         """Counts rows that were used."""
         self.num_good += count
 
-    def add(self, id: str, index: int, reason: str, message: str) -> None:
-        """Counts a bad row, and lists it unless it is listed already; the line has left the process on return."""
+    def add(self, id: str, index: int, reason: str, message: str, source: int = 0) -> None:
+        """Counts a bad row, and lists it unless it is listed already; the line has left the process on return.
+
+        Args:
+            index: of the row in its source, both counted from 0.
+        """
         self.reasons[reason] += 1
-        if not self.writes or (index, id) in self._listed:
+        if not self.writes or (source, index, id) in self._listed:
             return
-        line = json.dumps({"id": id, "index": index, "reason": reason, "message": message})
+        line = json.dumps({"id": id, "index": index, "reason": reason, "message": message, "source": source})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        self._listed.add((index, id))
+        self._listed.add((source, index, id))
 
     def check(self) -> None:
         """Stops a run whose data is too bad.
@@ -85,7 +89,7 @@ class Quarantine:
         self.reasons = Counter(state["reasons"])
 
 
-def _read_listed(path: Path) -> set[tuple[int, str]]:
+def _read_listed(path: Path) -> set[tuple[int, int, str]]:
     """The rows that a file lists; a last line cut short by a crash is taken off, its row will be met again."""
     try:
         content = path.read_bytes()
@@ -97,6 +101,6 @@ def _read_listed(path: Path) -> set[tuple[int, str]]:
             file.truncate(len(whole))
     try:
         rows = [json.loads(line) for line in whole.splitlines()]
-        return {(row["index"], row["id"]) for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
+        return {(row.get("source", 0), row["index"], row["id"]) for row in rows}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} holds a line that is no quarantined row ({error!r}): mend or remove it.") from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llava_core.errors import BadRow
 
@@ -24,20 +27,58 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class EmbeddedImage:
+    """An image that its row brings along, as the bytes of an image file. `name` is for messages."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Record:
-    """One row of a data set.
+    """One row of a data set as text.
 
     Attributes:
         id: the row's own id, or `row-<index>`.
         index: the row's position in its file, from 0.
-        turns: the conversation, never empty.
-        images: paths relative to the image folder, in the order of the `<image>` marks.
+        turns: the conversation, never empty; of a document its text, as the one turn of the assistant.
+        images: in the order of the `<image>` marks, paths relative to the image folder or the images themselves.
     """
 
     id: str
     index: int
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[str | EmbeddedImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids that attend to each other.
+
+    Attributes:
+        tokens: [T] int64.
+        supervised: [T] bool; True where the token is a target.
+    """
+
+    tokens: NDArray[np.int64]
+    supervised: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row of a data set that was tokenised before.
+
+    Attributes:
+        id, index: as a `Record`'s.
+        sequences: never empty; each becomes a sample of its own.
+    """
+
+    id: str
+    index: int
+    sequences: tuple[TokenSequence, ...]
+
+
+Row = Record | TokenRow
 
 
 def parse_record(row: object, index: int) -> Record:
@@ -49,22 +90,56 @@ def parse_record(row: object, index: int) -> Record:
     Raises:
         BadRow: `malformed_row`, naming the key.
     """
-    if not isinstance(row, dict):
-        raise _malformed(index, "", row, "an object with the key 'conversations'")
-    row_id = row.get("id")
-    if row_id is None:
-        row_id = f"row-{index}"
-    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise _malformed(index, "id", row_id, "a string or a whole number")
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise _malformed(index, "conversations", turns, "a list with at least one turn")
+    fields = parse_object(row, index, "conversations")
     return Record(
-        id=_parse_text(str(row_id), index, "id"),
+        id=parse_id(fields, index),
         index=index,
-        turns=tuple(_parse_turn(turn, index, f"conversations[{i}]") for i, turn in enumerate(turns)),
-        images=_parse_images(row.get("image"), index),
+        turns=parse_turns(fields.get("conversations"), index, "conversations", ROLES),
+        images=_parse_images(fields.get("image"), index),
     )
+
+
+def parse_object(row: object, index: int, key: str) -> dict[str, object]:
+    """A row that must be an object. Raises BadRow `malformed_row`, which names `key` as what it should have."""
+    if not isinstance(row, dict):
+        raise malformed(index, "", row, f"an object with the key {key!r}")
+    return row
+
+
+def parse_id(fields: Mapping[str, object], index: int) -> str:
+    """The row's `id`, a text or a number, or `row-<index>` where it has none. Raises BadRow `malformed_row`."""
+    row_id = fields.get("id")
+    if row_id is None:
+        return f"row-{index}"
+    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
+        raise malformed(index, "id", row_id, "a string or a whole number")
+    return parse_text(str(row_id), index, "id")
+
+
+def parse_turns(
+    turns: object, index: int, key: str, roles: Mapping[object, Role], *, sender: str = "from", text: str = "value"
+) -> tuple[Turn, ...]:
+    """A list of messages, each with a `sender` and a `text`.
+
+    Args:
+        key: what the row calls the list.
+        roles: what a sender may be called.
+
+    Raises:
+        BadRow: `malformed_row`, naming the key.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise malformed(index, key, turns, "a list with at least one turn")
+    parsed = []
+    for number, turn in enumerate(turns):
+        where = f"{key}[{number}]"
+        if not isinstance(turn, dict):
+            raise malformed(index, where, turn, f"an object with {sender!r} and {text!r}")
+        role = turn.get(sender)
+        if not isinstance(role, str) or role not in roles:
+            raise malformed(index, f"{where}.{sender}", role, f"one of {', '.join(map(repr, roles))}")
+        parsed.append(Turn(roles[role], parse_text(turn.get(text), index, f"{where}.{text}")))
+    return tuple(parsed)
 
 
 def word_length(record: Record) -> int:
@@ -72,35 +147,32 @@ def word_length(record: Record) -> int:
     return sum(len(turn.text.split()) for turn in record.turns)
 
 
-def modality_length(record: Record) -> int:
-    """`word_length`, negative for a row without images: what the original LLaVA groups batches by."""
-    return word_length(record) if record.images else -word_length(record)
+def modality_length(row: Row) -> int:
+    """`word_length`, negative for a row without images: what the original LLaVA groups batches by.
 
-
-def _parse_turn(turn: object, index: int, key: str) -> Turn:
-    if not isinstance(turn, dict):
-        raise _malformed(index, key, turn, "an object with 'from' and 'value'")
-    sender = turn.get("from")
-    if not isinstance(sender, str) or sender not in ROLES:
-        raise _malformed(index, f"{key}.from", sender, f"one of {', '.join(map(repr, ROLES))}")
-    return Turn(ROLES[sender], _parse_text(turn.get("value"), index, f"{key}.value"))
+    Of token ids it is their number.
+    """
+    if isinstance(row, TokenRow):
+        return -sum(sequence.tokens.size for sequence in row.sequences)
+    return word_length(row) if row.images else -word_length(row)
 
 
 def _parse_images(value: object, index: int) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, list):
-        paths = tuple(_parse_text(path, index, f"image[{i}]") for i, path in enumerate(value))
+        paths = tuple(parse_text(path, index, f"image[{i}]") for i, path in enumerate(value))
     else:
-        paths = (_parse_text(value, index, "image"),)
+        paths = (parse_text(value, index, "image"),)
     if "" in paths:
-        raise _malformed(index, "image", value, "a path; leave the key out where there is no image")
+        raise malformed(index, "image", value, "a path; leave the key out where there is no image")
     return paths
 
 
-def _parse_text(value: object, index: int, key: str) -> str:
+def parse_text(value: object, index: int, key: str) -> str:
+    """A text that can be tokenised. Raises BadRow `malformed_row`, naming the key."""
     if not isinstance(value, str):
-        raise _malformed(index, key, value, "a string")
+        raise malformed(index, key, value, "a string")
     try:
         value.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer or file name can take
     except UnicodeEncodeError as error:
@@ -108,6 +180,7 @@ def _parse_text(value: object, index: int, key: str) -> str:
     return value
 
 
-def _malformed(index: int, key: str, value: object, expected: str) -> BadRow:
+def malformed(index: int, key: str, value: object, expected: str) -> BadRow:
+    """The error for a value that is not what was expected; without a key, for the whole row."""
     found = "missing or null" if value is None else f"{type(value).__name__} {repr(value)[:80]}"
     return BadRow("malformed_row", f"row {index}: {key or 'the row'} is {found}, expected {expected}")

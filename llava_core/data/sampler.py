@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+
+from llava_core.data.readers.index import IntArray
 
 Order = Literal["shuffled", "sequential", "modality_length"]
 
@@ -26,15 +29,16 @@ class Grouping:
     num_chunks: int
 
 
-def epoch_order(order: Order, num_rows: int, seed: int, epoch: int, grouping: Grouping | None = None) -> list[int]:
-    """The rows' indices in the order of an epoch."""
+def epoch_order(order: Order, num_rows: int, seed: int, epoch: int, grouping: Grouping | None = None) -> IntArray:
+    """The rows' indices in the order of an epoch: [N] int64."""
     generator = torch.Generator().manual_seed(_mix(seed, epoch))
     if order == "sequential":
-        return list(range(num_rows))
+        return np.arange(num_rows, dtype=np.int64)
     if order == "shuffled":
-        return torch.randperm(num_rows, generator=generator).tolist()
+        shuffled: IntArray = torch.randperm(num_rows, generator=generator).numpy()
+        return shuffled
     assert grouping is not None, "modality_length needs the rows' lengths"
-    return modality_length_order(grouping, generator)
+    return np.array(modality_length_order(grouping, generator), dtype=np.int64)
 
 
 def modality_length_order(grouping: Grouping, generator: torch.Generator) -> list[int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llava_core.data.batch import Counts, Labelled
 from llava_core.data.examples import Rejected
@@ -34,9 +37,13 @@ class Share:
     gather: Callable[[Any], list[Any]] = alone
     writes: bool = True
 
-    def of(self, rows: Sequence[int], chunk: int) -> list[int]:
-        """This share of a step's rows: every `count`-th chunk, so that a padded micro-batch stays whole."""
-        return [row for position, row in enumerate(rows) if position // chunk % self.count == self.index]
+    def of(self, num_rows: int, step_size: int, chunk: int) -> NDArray[np.bool_]:
+        """Which of the rows of consecutive steps are this share's: [N] bool.
+
+        Of each step it is every `count`-th chunk, so that a padded micro-batch stays whole.
+        """
+        taken: NDArray[np.bool_] = np.arange(num_rows) % step_size // chunk % self.count == self.index
+        return taken
 
 
 WHOLE = Share()
@@ -50,6 +57,7 @@ class News:
     Attributes:
         counts, labelled: of its micro-batches.
         num_batches: how many they are.
+        num_good, num_overlong: rows that could be used, and those of them that were longer than a sample may be.
         rejected: rows that could not be used.
     """
 
@@ -57,6 +65,8 @@ class News:
     counts: Counts
     labelled: Labelled
     num_batches: int
+    num_good: int
+    num_overlong: int
     rejected: tuple[Rejected, ...]
 
 

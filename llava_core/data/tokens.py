@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,27 +29,13 @@ from rich.text import Text
 from torch import Tensor
 
 from llava_core.data.conversation import Conversation, Span
+from llava_core.data.overlong import Encoded, truncated
 from llava_core.errors import BadRow, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORD_START = "▁"
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A tokenised conversation.
-
-    Attributes:
-        tokens: [T] int64; the visual tokens of each image hold the pad id.
-        supervised: [T] bool; True where the token is a target; all False for a prompt.
-        image_starts: the first position of each image that was kept, in order.
-    """
-
-    tokens: Tensor
-    supervised: Tensor
-    image_starts: tuple[int, ...]
 
 
 def encode(
@@ -70,7 +55,23 @@ def encode(
     Raises:
         BadRow: `no_supervised_token` if no token with a predecessor is left to train; `prompt_too_long` if a prompt,
             which is never cut, does not fit.
-        ConfigError: a tokenizer that has no character offsets or adds more than a BOS.
+        ConfigError: as `encode_whole`.
+    """
+    whole = encode_whole(conversation, tokenizer, visual_tokens=visual_tokens, pad_id=pad_id)
+    if not conversation.is_prompt:
+        return truncated(whole, visual_tokens, max_length)
+    if whole.length > max_length:
+        raise BadRow("prompt_too_long", f"a prompt of {whole.length} tokens; at most {max_length} fit: shorten it")
+    return whole
+
+
+def encode_whole(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, visual_tokens: int, pad_id: int
+) -> Encoded:
+    """Tokenises a conversation of any length.
+
+    Raises:
+        ConfigError: a tokenizer that has no character offsets, adds more than a BOS, or lacks the EOS that is asked.
     """
     if conversation.num_images and visual_tokens < 1:
         raise ValueError(f"a conversation with images needs visual_tokens of at least 1, not {visual_tokens}")
@@ -85,32 +86,14 @@ def encode(
         chunk_ids, chunk_supervised = _encode_chunk(spans, tokenizer)
         ids += chunk_ids
         supervised += chunk_supervised
-    if conversation.is_prompt:
-        if len(ids) > max_length:
-            raise BadRow("prompt_too_long", f"a prompt of {len(ids)} tokens; at most {max_length} fit: shorten it")
-        end = len(ids)
-    else:
-        end = _cut(len(ids), image_starts, visual_tokens, max_length)
-        if not any(supervised[1:end]):
-            raise BadRow(
-                "no_supervised_token",
-                f"of {len(ids)} tokens, {end} fit into max_length {max_length}, and none of these is an answer's; "
-                "raise max_length or shorten the question",
-            )
+    if conversation.adds_eos:
+        ids.append(_eos(tokenizer))
+        supervised.append(True)
     return Encoded(
-        tokens=torch.tensor(ids[:end], dtype=torch.int64),
-        supervised=torch.tensor(supervised[:end], dtype=torch.bool),
-        image_starts=tuple(start for start in image_starts if start < end),
+        tokens=torch.tensor(ids, dtype=torch.int64),
+        supervised=torch.tensor(supervised, dtype=torch.bool),
+        image_starts=tuple(image_starts),
     )
-
-
-def _cut(length: int, image_starts: Sequence[int], visual_tokens: int, max_length: int) -> int:
-    """Where to end so as to fit and to leave no part of an image."""
-    end = min(length, max_length)
-    for start in image_starts:
-        if start < end < start + visual_tokens:
-            return start
-    return end
 
 
 def _bos(tokenizer: Any) -> list[int]:
@@ -122,6 +105,12 @@ def _bos(tokenizer: Any) -> list[int]:
             "marks, so set add_eos_token to false in tokenizer_config.json"
         )
     return list(added)
+
+
+def _eos(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no EOS to end a document with: set eos_token in tokenizer_config.json")
+    return int(tokenizer.eos_token_id)
 
 
 def _chunks(conversation: Conversation) -> Iterator[list[Span]]:

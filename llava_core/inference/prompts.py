@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from llava_core.data.examples import Rejected
-from llava_core.data.records import IMAGE_MARK, Turn, parse_record
+from llava_core.data.records import IMAGE_MARK, EmbeddedImage, Turn, parse_record
 from llava_core.errors import BadRow, ConfigError, DataError
 
 Finish: TypeAlias = Literal["stop", "length"]
@@ -45,7 +45,7 @@ class PromptRow:
     id: str
     index: int
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[str | EmbeddedImage, ...] = ()
     reference: str | None = None
 
     @property

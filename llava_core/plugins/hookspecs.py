@@ -43,7 +43,7 @@ def llava_register_backends() -> Sequence[Contribution]:  # type: ignore[empty-b
 
 @hookspec
 def llava_register_readers() -> Sequence[Contribution]:  # type: ignore[empty-body]
-    """Data-set readers. `load` names a callable `(path) -> llava_core.data.readers.Reader`."""
+    """Data-set readers. `load` names a `llava_core.data.readers.ReaderFactory`: at its simplest `(path) -> Reader`."""
 
 
 @hookspec

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.config import RunConfig
+from llava_core.config.schema import DataConfig, SourceConfig
 from llava_core.data.piece_template import template_file
+from llava_core.data.readers import names_a_pair
 from llava_core.data.records import IMAGE_MARK
 from llava_core.engine.hardware import Hardware
 from llava_core.engine.layout import Layout
@@ -26,16 +28,29 @@ def check_paths(config: RunConfig) -> None:
     """
     named = {
         **{f"model.{key}": getattr(config.model, key) for key in ("path", "vision", "language", "projector")},
-        "data.path": config.data.path,
-        "data.images": config.data.images,
-        "data.template": template_file(config.data.template),
+        **_data_paths(config),
     }
-    missing = [
-        f"\n  {key} = {path}: no such file or folder" for key, path in named.items() if path and not path.exists()
-    ]
+    missing = [f"\n  {key} = {path}: no such file or folder" for key, path in named.items() if not _there(path)]
     if missing:
         raise ConfigError("the config names what is not there:" + "".join(missing))
     check_output(config.output)
+
+
+def _data_paths(config: RunConfig) -> dict[str, Path | None]:
+    data = config.data
+    named = _source_paths("data", data)
+    for number, source in enumerate(data.sources):
+        named |= _source_paths(f"data.sources.{number}", source)
+    return named
+
+
+def _source_paths(key: str, given: DataConfig | SourceConfig) -> dict[str, Path | None]:
+    template = None if given.template is None else template_file(given.template)
+    return {f"{key}.path": given.path, f"{key}.images": given.images, f"{key}.template": template}
+
+
+def _there(path: Path | None) -> bool:
+    return path is None or path.exists() or names_a_pair(path)
 
 
 def check_output(folder: Path) -> None:
@@ -128,8 +143,11 @@ def check_data_settings(config: RunConfig, spec: ModelSpec) -> None:
     """
     data = config.data
     idle = sorted({"images", "image_aspect", "max_image_pixels"} & data.model_fields_set) if spec.vision is None else []
-    if any(getattr(data, key) != type(data).model_fields[key].default for key in idle):
-        raise ConfigError(f"data.{idle[0]} is set, and this model has no vision tower: leave it out.")
+    idle = [f"data.{key}" for key in idle if getattr(data, key) != type(data).model_fields[key].default]
+    if spec.vision is None:
+        idle += [f"data.sources.{number}.images" for number, source in enumerate(data.sources) if source.images]
+    if idle:
+        raise ConfigError(f"{idle[0]} is set, and this model has no vision tower: leave it out.")
     if data.max_length > spec.text.max_positions:
         raise ConfigError(
             f"data.max_length = {data.max_length}: the model has {spec.text.max_positions} positions; lower it."

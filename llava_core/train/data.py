@@ -1,46 +1,59 @@
-"""A run's data: its template, image processor and loader, from the config."""
+"""A run's data: its readers, image processor and loader, from the config."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_core.config import RunConfig
-from llava_core.config.schema import DataConfig
+from llava_core.config.schema import DataConfig, SourceConfig
 from llava_core.data.examples import ExampleBuilder, ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import Batching, StepLoader
+from llava_core.data.mixing import Mixture
+from llava_core.data.overlong import Overlong
 from llava_core.data.quarantine import Quarantine
-from llava_core.data.readers import SUFFIX_READERS, Reader, open_reader
+from llava_core.data.readers import Content, Reader, open_reader, reader_name
+from llava_core.data.readers.index import IntArray
 from llava_core.data.records import modality_length
 from llava_core.data.sampler import Grouping, epoch_order
 from llava_core.data.share import WHOLE, Share
-from llava_core.data.templates import Template, open_template
+from llava_core.data.sources import Source, Sources
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.pipeline import num_micro_batches
+from llava_core.engine.processes import Processes
 from llava_core.errors import BadRow, ConfigError
-from llava_core.inference.chat_template import OWN_TEMPLATE, folder_template
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
-from llava_core.weights.export import exported_tokenizer
+from llava_core.train.agreement import by_first
+from llava_core.train.templates import Templates
 from llava_core.weights.source import ModelSource
 from llava_core.weights.tokenizer import pad_token_id
 
+INDEX_FOLDER = "index"
+"""Where in the output folder the indices of large data sets are kept."""
 
-def find_template(name: str, registry: Registry, tokenizer: Any, source: ModelSource) -> Template:
-    """The conversation template of that name or file, or the tokenizer's own; one that an export can carry.
+USUAL_OVERLONG: Mapping[Content, Overlong] = {"conversations": "truncate", "texts": "split", "tokens": "split"}
+"""What becomes of a long row where nothing is said: the end of a document is worth as much as its start, and the end of
+a conversation little without it."""
+
+
+def open_readers(config: RunConfig, registry: Registry, processes: Processes) -> tuple[Reader, ...]:
+    """A reader for each data set, in their order.
 
     Raises:
-        ConfigError: no chat template says what this one does, so that an export would answer otherwise than it learnt.
+        ConfigError: a data set that names no reader that there is.
+        DataError: one that cannot be read.
     """
-    multimodal = source.spec.vision is not None
-    if name == OWN_TEMPLATE:
-        template = folder_template(source.tokenizer_folder, tokenizer, multimodal=multimodal)
-    else:
-        template = open_template(name, registry)
-    exported_tokenizer(tokenizer, template, multimodal=multimodal)
-    return template
+    if processes.size > 1:  # so that an index that takes long is made once
+        by_first(processes, lambda: len(_open_readers(config, registry)))
+    return _open_readers(config, registry)
 
 
 def find_processor(config: DataConfig, source: ModelSource) -> ImageProcessor | None:
@@ -63,22 +76,32 @@ def find_processor(config: DataConfig, source: ModelSource) -> ImageProcessor | 
 
 def build_loader(
     config: RunConfig,
-    registry: Registry,
+    readers: Sequence[Reader],
+    templates: Templates,
     spec: ModelSpec,
     tokenizer: Any,
-    template: Template,
     processor: ImageProcessor | None,
     share: Share,
 ) -> StepLoader:
     """The data of the run, this process's share of it."""
-    data = config.data
-    reader = _open_reader(data, registry)
-    images = None
-    if processor is not None and spec.vision is not None and data.images is not None:
-        store = ImageStore(data.images, data.max_image_pixels)
-        images = ImageSide(store, processor, spec.vision.visual_tokens)
+    data, seed = config.data, config.train.seed
+    multimodal = processor is not None and spec.vision is not None
+    sources = Sources(
+        [
+            Source(reader, template, ImageStore(given.images, data.max_image_pixels) if multimodal else None)
+            for reader, template, given in zip(readers, templates.by_source, data.inputs, strict=True)
+        ]
+    )
     pad_id = pad_token_id(tokenizer, spec.text.vocab_size)
-    builder = ExampleBuilder(reader, template, tokenizer, images, pad_id, data.max_length)
+    builder = ExampleBuilder(
+        sources=sources,
+        tokenizer=tokenizer,
+        images=ImageSide(processor, spec.vision.visual_tokens) if processor and spec.vision else None,
+        pad_id=pad_id,
+        vocab_size=spec.text.vocab_size,
+        max_length=data.max_length,
+        overlong={content: data.overlong or usual for content, usual in USUAL_OVERLONG.items()},
+    )
     batching = Batching(
         global_size=config.batch.global_size,
         micro_tokens=config.batch.micro_tokens,
@@ -87,19 +110,11 @@ def build_loader(
         image_size=spec.vision.image_size if spec.vision else 1,
         **pipelined(config),
     )
-    micro_size = config.batch.micro_size or 1  # packed micro-batches are formed later, so every row is its own chunk
-    grouping = None
-    if data.order == "modality_length":
-        grouping = Grouping(_modality_lengths(reader), micro_size, config.batch.global_size // micro_size)
+    weights = [given.weight for given in data.inputs if given.weight is not None]
+    mixture = Mixture(sources.lengths, weights or None, data.order, seed)
     quarantine = Quarantine(config.output / "quarantine.jsonl", data.max_bad_fraction, writes=share.writes)
-    return StepLoader(
-        builder,
-        lambda epoch: epoch_order(data.order, len(reader), config.train.seed, epoch, grouping),
-        batching,
-        quarantine,
-        data.num_workers,
-        share,
-    )
+    order = _epoch_order(config, sources, mixture)
+    return StepLoader(builder, order, mixture.num_rows, batching, quarantine, data.num_workers, share)
 
 
 def pipelined(config: RunConfig) -> dict[str, Any]:
@@ -127,18 +142,38 @@ def data_share(mesh: Mesh | None) -> Share:
     return Share(mesh.data_index, mesh.layout.data, mesh.processes.gather, mesh.processes.is_first)
 
 
-def _open_reader(config: DataConfig, registry: Registry) -> Reader:
-    name = config.reader or SUFFIX_READERS.get(config.path.suffix.lower())
+def _open_readers(config: RunConfig, registry: Registry) -> tuple[Reader, ...]:
+    return tuple(_open_reader(given, registry, config.output / INDEX_FOLDER) for given in config.data.inputs)
+
+
+def _open_reader(given: SourceConfig, registry: Registry, index_folder: Path) -> Reader:
+    name = given.reader or reader_name(given.path)
     names = [name] if name is not None else registry.names("reader")  # without a name its message lists them
-    return open_reader(config.path, name, {name: registry.load("reader", name) for name in names})
+    factories = {name: registry.load("reader", name) for name in names}
+    return open_reader(given.path, name, factories, split=given.split, index_folder=index_folder)
 
 
-def _modality_lengths(reader: Reader) -> list[int]:
+def _epoch_order(config: RunConfig, sources: Sources, mixture: Mixture) -> Callable[[int], IntArray]:
+    """The rows of an epoch in their order, by its number."""
+    order, seed, micro_size = config.data.order, config.train.seed, config.batch.micro_size
+    chunk = micro_size or 1  # packed micro-batches are formed later, so every row is its own chunk
+    lengths = _modality_lengths(sources) if order == "modality_length" else None
+
+    def ordered(epoch: int) -> IntArray:
+        rows = mixture.rows(epoch)
+        grouping = None
+        if lengths is not None:
+            grouping = Grouping(lengths[rows].tolist(), chunk, config.batch.global_size // chunk)
+        return rows[epoch_order(order, len(rows), seed, epoch, grouping)]
+
+    return ordered
+
+
+def _modality_lengths(sources: Sources) -> IntArray:
     """Every row's length for grouping; one without words or that cannot be read counts as a word of text."""
-    lengths = []
-    for index in range(len(reader)):
-        try:
-            lengths.append(modality_length(reader.read(index)) or -1)
-        except BadRow:
-            lengths.append(-1)
+    lengths = np.full(len(sources), -1, dtype=np.int64)
+    for index in range(len(sources)):
+        place = sources.find(index)
+        with suppress(BadRow):  # it is set aside when its turn comes
+            lengths[index] = modality_length(sources.sources[place.source].reader.read(place.row)) or -1
     return lengths

@@ -181,7 +181,8 @@ def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: f
         label_tokens=counts.label_tokens,
         pad_tokens=counts.pad_tokens,
         samples=counts.samples,
-        epoch=run.loader.epoch + run.loader.position / len(run.loader.builder.reader),
+        overlong=step.num_overlong,
+        epoch=run.loader.epoch + run.loader.position / run.loader.num_rows,
         mfu=flops / peak if peak else None,
         skipped=result.skipped,
     )

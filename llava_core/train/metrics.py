@@ -29,6 +29,7 @@ class StepMetrics:
         text_tokens_per_sec: text tokens only, the figure that XTuner calls tokens_per_sec.
         iter, step: optimizer steps done; two names, for readers of either kind of log.
         memory: peak device memory in MiB.
+        overlong: rows that were longer than `data.max_length`.
         mfu: `tflops` over the device's peak; None where that is unknown.
         grad_norm: before clipping; not finite where `skipped`.
         skipped: the gradients overflowed fp16 and nothing was updated.
@@ -50,6 +51,7 @@ class StepMetrics:
     label_tokens: int
     pad_tokens: int
     samples: int
+    overlong: int
     epoch: float
     mfu: float | None
     skipped: bool

@@ -40,9 +40,10 @@ from llava_core.train.checks import (
     check_trainable,
     check_vocabulary,
 )
-from llava_core.train.data import build_loader, data_share, find_processor, find_template, largest_micro_batch
+from llava_core.train.data import build_loader, data_share, find_processor, largest_micro_batch, open_readers
 from llava_core.train.schedule import Schedule, warmup_steps
 from llava_core.train.stages import pipeline_stages
+from llava_core.train.templates import find_templates
 from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import load_model
 from llava_core.weights.source import ModelSource, compose, from_folder
@@ -92,7 +93,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     """Check the config against the machine and the files, then load the model, or this process's part of it.
 
     Raises:
-        LlavaError: whatever cannot be honoured; nothing has been written.
+        LlavaError: whatever cannot be honoured; nothing has been written but indices of large data sets.
     """
     dtype = compute_dtype(config.train.precision, hardware.backend)
     check_backend(config, hardware)
@@ -117,10 +118,10 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
         ops = outside_compiled_graphs(ops)
     tokenizer = load_tokenizer(source.tokenizer_folder)
     check_vocabulary(tokenizer, source.spec)
-    template = find_template(config.data.template, registry, tokenizer, source)
+    readers = open_readers(config, registry, processes)
+    templates = find_templates(config.data, readers, registry, tokenizer, source)
     processor = find_processor(config.data, source)
-    share = data_share(mesh)
-    loader = build_loader(config, registry, source.spec, tokenizer, template, processor, share)
+    loader = build_loader(config, readers, templates, source.spec, tokenizer, processor, data_share(mesh))
     load = partial(
         load_model,
         source,
@@ -139,6 +140,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
         pipeline = Pipeline(models, mesh, hardware.device, largest_micro_batch(config))
     engine = TorchEngine(models[0], hardware, settings, config.train.loss, mesh, pipeline)
     schedule = build_schedule(config, loader.steps_per_epoch)
+    template = templates.export
     return Run(
         config, processes, hardware, source, selections, tokenizer, template, processor, loader, engine, schedule
     )

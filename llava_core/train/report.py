@@ -40,7 +40,7 @@ def print_plan(run: Run, console: Console) -> None:
             learns = "trained" if part in run.config.train.trainable else "frozen"
             learns += ", fresh" if part == "projector" and run.source.fresh_projector else ""
             table.add_row(part, f"{sum(sizes):,} parameters, {learns}")
-    table.add_row("data", f"{len(run.loader.builder.reader):,} rows, template {run.template.name}")
+    table.add_row("data", described_data(run))
     table.add_row("tokenizer", describe(run.tokenizer))
     table.add_row("steps", f"{run.schedule.total_steps:,} of {run.config.batch.global_size} samples")
     console.print(Panel(table, title="plan", title_align="left"))
@@ -54,9 +54,20 @@ def print_summary(run: Run, console: Console) -> None:
     precision = str(run.engine.model.compute_dtype).removeprefix("torch.")
     console.print(f"{learning:,} of {sum(sizes):,} parameters learn, on {hardware.backend.name} in {precision}")
     console.print(
-        f"{run.schedule.total_steps:,} steps of {run.config.batch.global_size} samples, from "
-        f"{len(run.loader.builder.reader):,} rows, template {run.template.name}"
+        f"{run.schedule.total_steps:,} steps of {run.config.batch.global_size} samples, from {described_data(run)}"
     )
+
+
+def described_data(run: Run) -> str:
+    """The rows of each source and their template; which source is which where there are several."""
+    sources, data = run.loader.builder.sources.sources, run.config.data
+    lines = []
+    for source, given in zip(sources, data.inputs, strict=True):
+        name = f"{given.path.name}: " if len(sources) > 1 else ""
+        how = "token ids" if source.template is None else f"template {source.template.name}"
+        weight = "" if given.weight is None else f", weight {given.weight:g}"
+        lines.append(f"{name}{len(source.reader):,} rows, {how}{weight}")
+    return "\n".join(lines)
 
 
 def kernel_table(selections: Mapping[str, Selection]) -> Table:

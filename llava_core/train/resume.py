@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llava_core.config.load import without_numbers
 from llava_core.data.piece_template import template_file
 from llava_core.engine.parts import local_parts
 from llava_core.errors import CheckpointError
@@ -32,13 +33,15 @@ FREE_TO_CHANGE = (
     # Where the files lie; what they hold is compared by itself.
     "data.path",
     "data.images",
+    "data.sources.path",
+    "data.sources.images",
     "model.path",
     "model.vision",
     "model.language",
     "model.projector",
 )
 """Settings that do not change the numbers of a run beyond the order of sums; those that end in a dot stand for a
-section."""
+section, and those of a list's entries are written without its number."""
 
 NOT_FREE = ("parallel.reduce_dtype",)
 """What of these sections changes the numbers."""
@@ -148,19 +151,26 @@ def _check_same_run(state: Mapping[str, Any], run: Run, folder: Path) -> None:
 def _settings(run: Run) -> dict[str, Any]:
     flat = _flatten(run.config.model_dump(mode="json"))
     settings = {key: value for key, value in flat.items() if not _is_free(key)}
-    if template_file(run.config.data.template) is not None:  # what it says is compared, not where it lies
-        settings["data.template"] = repr(replace(run.template, name=""))
+    sources = run.loader.builder.sources.sources
+    templates = {f"data.sources.{number}.template": source.template for number, source in enumerate(sources)}
+    for key, template in {"data.template": run.template, **templates}.items():
+        name = settings.get(key)
+        if template is not None and name is not None and template_file(name) is not None:
+            settings[key] = repr(replace(template, name=""))  # what it says is compared, not where it lies
     return settings | {"train.precision": str(run.engine.model.compute_dtype)}
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, item in value.items():
+        if isinstance(item, list) and item and all(isinstance(entry, Mapping) for entry in item):
+            item = {str(number): entry for number, entry in enumerate(item)}
         flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
     return flat
 
 
 def _is_free(key: str) -> bool:
+    key = without_numbers(key)
     if key in NOT_FREE:
         return False
     return any(key.startswith(free) if free.endswith(".") else key == free for free in FREE_TO_CHANGE)

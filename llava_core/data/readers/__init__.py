@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
-from llava_core.data.records import Record
+from llava_core.data.records import Row
 from llava_core.errors import ConfigError
 
-SUFFIX_READERS: Mapping[str, str] = {".json": "llava_json", ".jsonl": "llava_jsonl"}
+SUFFIX_READERS: Mapping[str, str] = {
+    ".json": "llava_json",
+    ".jsonl": "llava_jsonl",
+    ".txt": "text",
+    ".idx": "megatron",
+    ".bin": "megatron",
+}
+
+Content = Literal["conversations", "texts", "tokens"]
+"""What the rows of a data set are: `Record`s for a conversation template, `Record`s that are documents, `TokenRow`s."""
 
 
 class Reader(Protocol):
@@ -18,9 +28,12 @@ class Reader(Protocol):
     A reader can be pickled and used from many processes at once: it holds no open file and no position.
     """
 
+    @property
+    def content(self) -> Content: ...
+
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Record:
+    def read(self, index: int) -> Row:
         """Row `index`, from 0.
 
         Raises:
@@ -35,17 +48,44 @@ class Reader(Protocol):
         ...
 
 
-ReaderFactory = Callable[[Path], Reader]
+ReaderFactory = Callable[..., Reader]
+"""`(path, *, split, index_folder) -> Reader`; it leaves out the keywords that it has no use for.
+
+`split` is the part of the data set that was asked for, by name, or None. `index_folder` is where an index that takes
+long to make can be kept (see `index.kept_index`), or None.
+"""
 
 
-def open_reader(path: Path, reader_name: str | None, registry: Mapping[str, ReaderFactory]) -> Reader:
-    """The reader called `reader_name` in the registry, or the one for the file's suffix.
+def reader_name(path: Path) -> str | None:
+    """The reader for a file of this suffix, or for files whose names start with it, if there is one."""
+    return "megatron" if names_a_pair(path) else SUFFIX_READERS.get(path.suffix.lower())
+
+
+def prefixed(path: Path, suffix: str) -> Path:
+    """The file whose name is this one's with a suffix more."""
+    return path.with_name(path.name + suffix)
+
+
+def names_a_pair(path: Path) -> bool:
+    """Whether it is no file, but what the .bin and the .idx of a Megatron data set have in common."""
+    return not path.exists() and prefixed(path, ".idx").exists()
+
+
+def open_reader(
+    path: Path,
+    name: str | None,
+    registry: Mapping[str, ReaderFactory],
+    *,
+    split: str | None = None,
+    index_folder: Path | None = None,
+) -> Reader:
+    """The reader called `name` in the registry, or the one for the file's suffix.
 
     Raises:
-        ConfigError: no such reader, or a suffix without one.
+        ConfigError: no such reader, or a suffix without one; a split of a reader that knows none.
         DataError: the file cannot be read as a data set.
     """
-    name = reader_name or SUFFIX_READERS.get(path.suffix.lower())
+    name = name or reader_name(path)
     if name is None:
         raise ConfigError(
             f"no reader is known for {path}: its suffix is {path.suffix!r}, known are {', '.join(SUFFIX_READERS)}; "
@@ -53,4 +93,13 @@ def open_reader(path: Path, reader_name: str | None, registry: Mapping[str, Read
         )
     if name not in registry:
         raise ConfigError(f"there is no reader {name!r}; there are {', '.join(sorted(registry)) or 'none'}")
-    return registry[name](path)
+    factory = registry[name]
+    takes = inspect.signature(factory).parameters
+    options: dict[str, Any] = {}
+    if split is not None:
+        if "split" not in takes:
+            raise ConfigError(f"split = {split!r} of {path}: the reader {name!r} knows no splits; leave it out")
+        options["split"] = split
+    if "index_folder" in takes:
+        options["index_folder"] = index_folder
+    return factory(path, **options)

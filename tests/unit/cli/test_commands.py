@@ -68,7 +68,7 @@ def test_train_lists_what_is_missing_before_it_loads_anything(capsys, config: Pa
 def test_a_recipe_is_printed_with_what_is_still_to_be_given(capsys, recipe: str) -> None:
     done = run(capsys, "train", recipe, "--print-config")
     assert done.code == 0
-    assert "data.path: not set" in done.out
+    assert "data: set path (one data set), or sources (several)" in done.out
     assert yaml.safe_load(done.out)["optimizer"]["schedule"] == "cosine"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llava_core.config import build_config, load_config, to_yaml
 from llava_core.config.load import IncompleteConfig, known_keys
@@ -62,6 +63,10 @@ def test_a_number_of_layers_needs_something_to_recompute(file: Path) -> None:
         ("data.learning_rate=1", "data.learning_rate", "optimizer.learning_rate"),
         ("optimizer.part_learning_rates.projektor=1", "projektor", "optimizer.part_learning_rates.projector"),
         ("checkpoint.every_step=1", "checkpoint.every_step", "every_steps"),
+        ("data.pth=x", "data.pth", "data.path"),
+        ("data.sorces=[{path: a}]", "data.sorces", "data.sources"),
+        ("data.sources=[{path: a}, {path: b, wieght: 1}]", "data.sources.1.wieght", "data.sources.1.weight"),
+        ("data.sources=[{pth: a}]", "data.sources.0.pth", "data.sources.0.path"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(file: Path, override: str, key: str, nearest: str) -> None:
@@ -105,7 +110,7 @@ def test_a_choice_lists_what_there_is(file: Path) -> None:
     assert all(name in problem(file, "train.precision=fp8") for name in ("auto", "bf16", "fp16", "fp32"))
 
 
-@pytest.mark.parametrize("section", ["output", "data.path", "batch.global_size", "optimizer.learning_rate"])
+@pytest.mark.parametrize("section", ["output", "batch.global_size", "optimizer.learning_rate"])
 def test_what_is_missing_is_named(section: str) -> None:
     settings = {key: dict(value) if isinstance(value, dict) else value for key, value in MINIMAL.items()}
     parent, _, leaf = section.rpartition(".")
@@ -131,6 +136,11 @@ def test_all_problems_are_told_at_once(file: Path) -> None:
         (["optimizer.warmup_steps=3", "optimizer.warmup_fraction=0.1"], "at most one of warmup_fraction"),
         (["optimizer.schedule=constant", "optimizer.final_fraction=0.1"], "final_fraction means nothing"),
         (["train.epochs=null"], "a run needs an end"),
+        (["data.path=null"], "set path (one data set), or sources (several)"),
+        (["data.sources=[{path: a}]"], "several data sets, so path cannot be set beside it"),
+        (["data.path=null", "data.sources=[{path: a}, {path: b, weight: 1}]"], "sources [1] have a weight and others"),
+        (["data.path=null", "data.sources=[{path: a, weight: 0}]"], "data.sources.0.weight = 0"),
+        (["data.overlong=keep"], "data.overlong = 'keep'"),
         (["train.trainable=[]"], "name at least one part"),
         (["train.trainable=[projector,projector]"], "each once"),
         (["batch.micro_size=null", "batch.micro_tokens=1024"], "micro_tokens 1024 is below data.max_length 2048"),
@@ -269,6 +279,32 @@ def test_an_override_at_fault_is_named_and_the_file_is_not(file: Path, override:
     assert override.partition("=")[0] in message
     assert str(file) not in message
     assert "unicode string" not in message
+
+
+def test_both_forms_of_the_data_become_one(file: Path) -> None:
+    (single,) = load_config(str(file), ["data.images=i", "data.reader=r", "data.split=s"]).data.inputs
+    assert (single.path, single.images, single.reader, single.split) == (Path("d.json"), Path("i"), "r", "s")
+    shared = ["data.path=null", "data.images=i", "data.sources=[{path: a}, {path: ~/b, images: j, reader: r}]"]
+    first, second = load_config(str(file), shared).data.inputs
+    assert (first.path, first.images, first.reader) == (Path("a"), Path("i"), None)
+    assert (second.path, second.images, second.reader) == (Path.home() / "b", Path("j"), "r")
+
+
+def test_the_sources_of_the_docs_are_a_config() -> None:
+    page = (Path(__file__).parents[3] / "docs/training.md").read_text()
+    example = yaml.safe_load("data:\n" + page.partition("```yaml\ndata:\n")[2].partition("```")[0])
+    first, second = build_config(MINIMAL | example).data.inputs
+    assert (first.template, second.reader, first.weight, second.images) == ("v1", "text_json", 0.7, Path("images"))
+
+
+def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL_YAML.replace("{path: d.json}", "{sources: [{path: a}, {path: b, reader: r}]}"))
+    config = load_config(str(path), ["data.sources.1.path=c #1", "data.sources.0={reader: q}"])
+    assert [(source.path, source.reader) for source in config.data.sources] == [(Path("a"), "q"), (Path("c #1"), "r")]
+    assert load_config(str(path), ["data.sources.1.reader=null"]).data.sources[1].reader is None
+    for override in ("data.sources.2.path=c", "data.sources.path=c"):
+        assert f"override {override!r} cannot be set" in problem(path, override)
 
 
 def test_values_still_to_be_given_are_told_from_mistakes(file: Path) -> None:

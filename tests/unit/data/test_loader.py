@@ -20,6 +20,7 @@ from llava_core.data.loader import Batching, Step, StepLoader
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers.llava import LlavaJsonlReader
 from llava_core.data.sampler import epoch_order
+from llava_core.data.sources import Source, Sources
 from llava_core.data.templates import BUILTIN_TEMPLATES
 from llava_core.errors import DataError, TrainingError
 from llava_core.testing.datasets import TinyParts
@@ -53,12 +54,24 @@ class Rows:
     ) -> StepLoader:
         reader = LlavaJsonlReader(self.data)
         processor = ImageProcessor.from_folder(self.parts.vision, "pad")
-        images = ImageSide(ImageStore(self.parts.images, 10**6), processor, visual_tokens=9)
-        tokenizer = load_tokenizer(self.parts.language)
-        builder = ExampleBuilder(reader, BUILTIN_TEMPLATES["v1"], tokenizer, images, 0, 256)
+        source = Source(reader, BUILTIN_TEMPLATES["v1"], ImageStore(self.parts.images, 10**6))
+        builder = ExampleBuilder(
+            sources=Sources([source]),
+            tokenizer=load_tokenizer(self.parts.language),
+            images=ImageSide(processor, visual_tokens=9),
+            pad_id=0,
+            vocab_size=320,
+            max_length=256,
+            overlong={"conversations": "truncate"},
+        )
         quarantine = Quarantine(self.folder / output / "quarantine.jsonl", max_bad)
         return StepLoader(
-            builder, lambda epoch: epoch_order("shuffled", len(reader), 5, epoch), batching, quarantine, num_workers
+            builder,
+            lambda epoch: epoch_order("shuffled", len(reader), 5, epoch),
+            len(reader),
+            batching,
+            quarantine,
+            num_workers,
         )
 
     def quarantined(self, output: str = "run") -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ def test_a_line_per_row_is_readable_at_once(tmp_path: Path) -> None:
     quarantine = Quarantine(path, 0.1)
     assert not path.exists()
     quarantine.add("a\nb\ud800", 3, "broken_image", 'says "no"\n')
-    assert lines(path) == [{"id": "a\nb\ud800", "index": 3, "reason": "broken_image", "message": 'says "no"\n'}]
+    assert lines(path) == [
+        {"id": "a\nb\ud800", "index": 3, "reason": "broken_image", "message": 'says "no"\n', "source": 0}
+    ]
 
 
 def test_a_row_met_again_is_counted_but_not_listed_again(tmp_path: Path) -> None:

@@ -149,8 +149,8 @@ def test_reader_is_chosen_by_suffix_or_name(tmp_path: Path) -> None:
     lines = write(tmp_path / "a.JSONL", json.dumps(row(0)))
     assert isinstance(open_reader(lines, None, REGISTRY), LlavaJsonlReader)
     assert isinstance(open_reader(write(tmp_path / "a.txt", "[1]"), "llava_json", REGISTRY), LlavaJsonReader)
-    with pytest.raises(ConfigError, match=r"suffix is '.txt'.*llava_json, llava_jsonl"):
-        open_reader(tmp_path / "a.txt", None, REGISTRY)
+    with pytest.raises(ConfigError, match=r"suffix is '.csv'.*llava_json, llava_jsonl"):
+        open_reader(tmp_path / "a.csv", None, REGISTRY)
     with pytest.raises(ConfigError, match="no reader 'parquet'; there are llava_json, llava_jsonl"):
         open_reader(lines, "parquet", REGISTRY)
 

@@ -69,7 +69,8 @@ def test_short_files_have_defaults(tmp_path: Path) -> None:
 
 def test_the_example_of_the_docs_is_a_template() -> None:
     page = (Path(__file__).parents[3] / "docs/training.md").read_text()
-    template = parse_template(page.partition("```yaml\n")[2].partition("```")[0], "example", "docs/training.md")
+    example = page.partition("```yaml\nstart:")[2].partition("```")[0]
+    template = parse_template(f"start:{example}", "example", "docs/training.md")
     assert template.render(chat("a", "b")).text == "Answer the questions.\nUSER: a ASSISTANT: b</s>"
 
 

@@ -29,6 +29,7 @@ OWN_KEYS = {
     "label_tokens",
     "pad_tokens",
     "samples",
+    "overlong",
     "epoch",
     "mfu",
     "skipped",

@@ -93,7 +93,7 @@ def test_the_cases_are_what_they_are_for(parts: TinyParts, tmp_path: Path) -> No
     run = tiny_run(parts, tmp_path / "run", *overrides("modality_length"))
     step = next(iter(run.loader))
     assert len(step.batches) == 4, "accumulation over several micro-batches"
-    reader = run.loader.builder.reader
+    reader = run.loader.builder.sources.sources[0].reader
     modalities = {modality_length(reader.read(row)) > 0 for row in run.loader.order(0)[:8]}
     assert len(modalities) == 1, "grouped by modality"
 

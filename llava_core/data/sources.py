@@ -1,0 +1,65 @@
+"""The sources of a run's data as one data set: every row of every source has an index."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from llava_core.data.conversation import Template
+from llava_core.data.image_store import ImageStore
+from llava_core.data.readers import Reader
+from llava_core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set.
+
+    Attributes:
+        template: None where the rows are token ids.
+        images: where the rows' images are found; None where the model sees none.
+        weight: see `mixing.Mixture`.
+    """
+
+    reader: Reader
+    template: Template | None
+    images: ImageStore | None = None
+    weight: float | None = None
+
+
+class Place(NamedTuple):
+    """A row: of which source, counted from 0, and which of its rows."""
+
+    source: int
+    row: int
+
+
+class Sources:
+    """Sources one after the other.
+
+    Raises:
+        DataError: a source without rows.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self.lengths = tuple(len(source.reader) for source in sources)
+        if not all(self.lengths):
+            raise DataError(f"source {self.lengths.index(0)} of the data has no rows.")
+        self._starts = [0, *accumulate(self.lengths)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def find(self, index: int) -> Place:
+        """Which row has this index."""
+        source = bisect_right(self._starts, index) - 1
+        return Place(source, index - self._starts[source])
+
+    @property
+    def fingerprint(self) -> list[Mapping[str, str | int]]:
+        """What each reader names its data by."""
+        return [dict(source.reader.fingerprint) for source in self.sources]
