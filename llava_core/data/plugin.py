@@ -24,6 +24,12 @@ def llava_register_readers() -> list[Contribution]:
             api_version=1,
         ),
         Contribution("text", f"{module}.text:TextReader", "plain text: one document a line", api_version=1),
+        Contribution(
+            "webdataset", f"{module}.webdataset:WebdatasetReader", "webdataset: images and JSON in .tar", api_version=1
+        ),
+        Contribution(
+            "energon", f"{module}.energon:EnergonReader", "webdataset that energon prepare described", api_version=1
+        ),
         Contribution("megatron", f"{module}.megatron:MegatronReader", "Megatron .bin/.idx: documents", api_version=1),
         Contribution(
             "megatron_sft",

@@ -16,6 +16,7 @@ SUFFIX_READERS: Mapping[str, str] = {
     ".txt": "text",
     ".idx": "megatron",
     ".bin": "megatron",
+    ".tar": "webdataset",
 }
 
 Content = Literal["conversations", "texts", "tokens"]
@@ -57,8 +58,12 @@ long to make can be kept (see `index.kept_index`), or None.
 
 
 def reader_name(path: Path) -> str | None:
-    """The reader for a file of this suffix, or for files whose names start with it, if there is one."""
-    return "megatron" if names_a_pair(path) else SUFFIX_READERS.get(path.suffix.lower())
+    """The reader for a file of this suffix, for files whose names start with it, or for a folder, if there is one."""
+    if names_a_pair(path):
+        return "megatron"
+    if (path / ".nv-meta").is_dir():
+        return "energon"
+    return SUFFIX_READERS.get(path.suffix.lower())
 
 
 def prefixed(path: Path, suffix: str) -> Path:

@@ -24,7 +24,13 @@ FORMAT = 1
 
 
 def kept_index(
-    folder: Path | None, kind: str, sources: Sequence[Path], build: Callable[[], IntArray], *, min_bytes: int
+    folder: Path | None,
+    kind: str,
+    sources: Sequence[Path],
+    build: Callable[[], IntArray],
+    *,
+    min_bytes: int,
+    left_out: Sequence[str] = (),
 ) -> IntArray:
     """What `build` gives, from `folder` if it was kept there for these very files.
 
@@ -35,6 +41,7 @@ def kept_index(
         kind: which index of the files it is.
         sources: the files that it is of; their sizes and times of change tell whether it still is.
         min_bytes: of all files together, from which on it is kept.
+        left_out: what of the files it does not list.
 
     Returns:
         [K, N] int64, read-only; a column of a large one costs no memory until it is read.
@@ -45,7 +52,7 @@ def kept_index(
     facts = [_facts(path) for path in sources]
     if folder is None or sum(size for _, size, _ in facts) < min_bytes:
         return build()
-    digest = hashlib.sha256(repr((FORMAT, kind, facts)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((FORMAT, kind, facts, sorted(left_out))).encode()).hexdigest()[:16]
     file = folder / f"{sources[0].name}-{kind}-{digest}.npy"
     if not file.is_file():
         _put_in_place(file, build())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,25 @@ def test_conversations_with_several_templates_need_one_for_the_export(parts: Tin
     changes = mixed(parts, {"path": str(parts.data), "images": str(parts.images), "template": "v1"}, template="llama_2")
     with pytest.raises(ConfigError, match="the sources have the templates llama_2, v1: set data.template"):
         tiny_run(parts, tmp_path / "run", *changes)
+
+
+def test_shards_train_as_the_files_that_are_in_them(parts: TinyParts, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for row in json.loads(parts.data.read_text()):
+            files = {"json": json.dumps(row).encode()}
+            if "image" in row:
+                files["png"] = (parts.images / row["image"]).read_bytes()
+            for suffix, data in files.items():
+                member = tarfile.TarInfo(f"{row['id']}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    shards = tiny_run(parts, tmp_path / "run", f"data.path={tmp_path / 'shard.tar'}", "data.images=null")
+    files_alone = tiny_run(parts, tmp_path / "run")
+    for found, expected in zip(islice(shards.loader, 5), islice(files_alone.loader, 5), strict=True):
+        for batch, wanted in zip(found.batches, expected.batches, strict=True):
+            assert (batch.ids, batch.counts) == (wanted.ids, wanted.counts)
+            assert torch.equal(batch.tokens, wanted.tokens)
+            assert torch.equal(batch.pixels, wanted.pixels)
 
 
 def test_token_ids_take_no_template_and_join_the_others(parts: TinyParts, tmp_path: Path) -> None:
