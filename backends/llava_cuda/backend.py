@@ -114,6 +114,10 @@ class CudaBackend(Backend):
         return DistSpec("nccl", frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}))
 
     @property
+    def pins_memory(self) -> bool:
+        return True
+
+    @property
     def precision(self) -> PrecisionCaps:
         return devices.precision_caps(devices.capability())
 

@@ -124,6 +124,10 @@ class NpuBackend(Backend):
         return DistSpec("hccl", self.precision.compute)
 
     @property
+    def pins_memory(self) -> bool:
+        return True
+
+    @property
     def precision(self) -> PrecisionCaps:
         return devices.precision_caps(devices.soc_name())
 

@@ -93,6 +93,11 @@ class Backend(ABC):
         """How processes on this hardware communicate."""
 
     @property
+    def pins_memory(self) -> bool:
+        """Whether PyTorch can pin host memory for this device, so that neither waits while tensors are copied."""
+        return False
+
+    @property
     @abstractmethod
     def precision(self) -> PrecisionCaps:
         """What this hardware computes in."""

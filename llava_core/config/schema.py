@@ -214,6 +214,9 @@ class TrainConfig(Section):
     recompute_layers: PositiveInt | None = Field(
         None, description="so many of the decoder's first layers, the others keep all; null recomputes in each"
     )
+    offload_activations: bool = Field(
+        False, description="keep in the host's memory what layers keep from the forward to the backward pass"
+    )
     compile: bool = Field(False, description="torch.compile each decoder layer")
     deterministic: bool = Field(True, description="only kernels that give the same bits for the same input")
     seed: Annotated[int, Number, Field(ge=0, lt=2**63)] = 0
@@ -291,6 +294,9 @@ class ParallelConfig(Section):
         None, description="with full or grad: so many groups of processes that each share a whole copy (hybrid)"
     )
     reduce_dtype: Literal["fp32", "bf16"] = Field("fp32", description="in which gradients are summed over processes")
+    offload: bool = Field(
+        False, description="keep weights, gradients and optimizer state in the host's memory, where the update runs"
+    )
 
     @model_validator(mode="after")
     def _stages_of_a_pipeline(self) -> ParallelConfig:

@@ -16,6 +16,7 @@ def global_norm(parameters: Iterable[nn.Parameter], device: torch.device, *, sta
     Plain gradients and DTensors of any mesh may be mixed. What a process has of a gradient is one of so many shards,
     and each shard is on equally many processes of the stage: so the squares are summed over all processes, each
     divided by how often it is counted. One number is exchanged; every process must call, also one without gradients.
+    Gradients may be on the host; the exchange is between devices.
 
     Args:
         parameters: those of this process; what must be summed over processes in their gradients is summed already.
@@ -30,18 +31,19 @@ def global_norm(parameters: Iterable[nn.Parameter], device: torch.device, *, sta
         return norms.get(1, torch.zeros((), device=device))  # alone nothing is sharded, and squaring would round
     total = torch.zeros((), device=device)
     for count, norm in norms.items():
-        total += norm.float().square() * (count * stages / distributed.get_world_size())
+        total += norm.to(device).float().square() * (count * stages / distributed.get_world_size())
     distributed.all_reduce(total)
     return total.sqrt()
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
-    """Scale gradients whose global norm is `norm`, in place, so that it is at most `limit`; no wait for the device."""
+    """Scale gradients whose global norm is `norm`, in place, so that it is at most `limit`; gradients that are on the
+    device do not wait for it."""
     gradients = [_local(p.grad) for p in parameters if p.grad is not None]
     if gradients:
         # The formula of torch's own clipping, which takes no mixture of plain gradients and DTensors.
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device))
 
 
 def _num_shards(gradient: Tensor) -> int:

@@ -115,6 +115,11 @@ def laid_out_like(tensor: Tensor, local: Tensor) -> Tensor:
     """The tensor of which this process holds `local`, laid out as `tensor` is."""
     if not isinstance(tensor, DTensor):
         return local
+    if local.device.type != tensor.device_mesh.device_type:
+        # Kept on the host for the mesh's devices: `from_local` would move it to them.
+        laid_out = torch.empty_like(tensor, dtype=local.dtype, device=local.device)
+        local_part(laid_out).data.copy_(local)
+        return laid_out
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

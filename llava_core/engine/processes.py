@@ -71,19 +71,20 @@ class Processes:
         return self.rank == 0
 
     @contextmanager
-    def joined(self, hardware: Hardware, timeout: timedelta) -> Iterator[None]:
+    def joined(self, hardware: Hardware, timeout: timedelta, *, group_of_one: bool = False) -> Iterator[None]:
         """Within, every process can talk to every other: devices by the backend's group, hosts by gloo.
 
         Args:
             timeout: how long one may wait for another, in each exchange.
+            group_of_one: make a group also where there is no other process, for what is built on one.
 
         Raises:
             TrainingError: others are gone or did not answer in time; it names them and their hosts.
         """
-        if self.size == 1:
+        if self.size == 1 and not group_of_one:
             yield
             return
-        store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=timeout))
+        store = distributed.HashStore() if self.size == 1 else _meeting_place(self, timeout)
         roll = RollCall(self, store)
         device_type, group = hardware.device.type, hardware.backend.dist.process_group
         groups = f"{HOST}:{HOST_GROUP}" if device_type == HOST else f"{HOST}:{HOST_GROUP},{device_type}:{group}"
@@ -118,6 +119,11 @@ class Processes:
         if self.size == 1:
             return self
         return replace(self, channel=distributed.new_group(backend=HOST_GROUP, timeout=timeout))
+
+
+def _meeting_place(processes: Processes, timeout: timedelta) -> distributed.Store:
+    store, _, _ = next(rendezvous("env://", processes.rank, processes.size, timeout=timeout))
+    return store
 
 
 class RollCall:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
+from llava_core.backend import Backend
+from llava_core.config.schema import ParallelConfig
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.parts import Region, laid_out_like, local_part
 from llava_core.model.llava import Llava
@@ -28,15 +36,18 @@ class Sharding:
         keep_weights: each process keeps whole weights between forward and backward; gradients and optimizer state stay
             sharded.
         reduce_dtype: in which gradients are summed.
+        offload: parameters, their gradients and the optimizer's state are kept on the host.
     """
 
     keep_weights: bool
     reduce_dtype: torch.dtype
+    offload: OffloadPolicy = field(default_factory=OffloadPolicy)
 
     @classmethod
-    def of(cls, data: Literal["full", "grad", "replicate"], reduce_dtype: str) -> Sharding:
+    def of(cls, config: ParallelConfig, backend: Backend) -> Sharding:
         """From the config's words. A replica is sharded over one process, so that there is one way for all."""
-        return cls(keep_weights=data != "full", reduce_dtype=REDUCE_DTYPES[reduce_dtype])
+        offload = CPUOffloadPolicy(pin_memory=backend.pins_memory) if config.offload else OffloadPolicy()
+        return cls(config.data != "full", REDUCE_DTYPES[config.reduce_dtype], offload)
 
 
 def shard_data(model: Llava, mesh: Mesh, sharding: Sharding) -> None:
@@ -54,7 +65,9 @@ def shard_data(model: Llava, mesh: Mesh, sharding: Sharding) -> None:
     # For the root, which is used first and last, torch's own choice is to keep the weights.
     free = False if sharding.keep_weights else None
     for unit in (*units(model), model):
-        sharded = fully_shard(unit, mesh=axes, mp_policy=precision, reshard_after_forward=free)
+        sharded = fully_shard(
+            unit, mesh=axes, mp_policy=precision, offload_policy=sharding.offload, reshard_after_forward=free
+        )
         # The sum: the weights of the labels divide by the labels of all processes already.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # else torch asks for a scaled sum, which few libraries have

@@ -11,7 +11,7 @@ from llava_core.config.schema import DataConfig, SourceConfig
 from llava_core.data.piece_template import template_file
 from llava_core.data.readers import names_a_pair
 from llava_core.data.records import IMAGE_MARK
-from llava_core.engine.hardware import Hardware
+from llava_core.engine.hardware import HOST, Hardware
 from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
@@ -97,6 +97,24 @@ def check_backend(config: RunConfig, hardware: Hardware) -> None:
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigError(f"backend {hardware.backend.name!r} cannot honour the config:{listed}")
+
+
+def check_offload(config: RunConfig, hardware: Hardware) -> None:
+    """There is another memory than the host's to move something out of.
+
+    Raises:
+        ConfigError: the backend computes on the host.
+    """
+    wanted = {
+        "train.offload_activations": config.train.offload_activations,
+        "parallel.offload": config.parallel.offload,
+    }
+    keys = [key for key, is_wanted in wanted.items() if is_wanted]
+    if keys and hardware.device.type == HOST:
+        raise ConfigError(
+            f"{' and '.join(keys)}: backend {hardware.backend.name!r} computes in the host's memory, so that nothing "
+            "could be moved there; leave it out, or take an accelerator."
+        )
 
 
 def check_trainable(config: RunConfig, spec: ModelSpec) -> frozenset[str]:

@@ -69,7 +69,7 @@ def train_model(
     registry, processes = registry or Registry.discover(), processes or Processes()
     console = (console or Console()) if processes.is_first else Console(quiet=True)
     hardware = open_run(config, registry, processes)
-    with processes.joined(hardware, RANK_TIMEOUT):
+    with processes.joined(hardware, RANK_TIMEOUT, group_of_one=config.parallel.offload):
         run = prepare(config, registry, hardware, processes)
         (report.print_summary if brief else report.print_plan)(run, console)
         return train_prepared(run, registry, console)

@@ -17,9 +17,10 @@ from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import StepLoader
 from llava_core.data.templates import Template
 from llava_core.engine.context import share_sequences
-from llava_core.engine.hardware import Hardware, compute_dtype, open_hardware
+from llava_core.engine.hardware import HOST, Hardware, compute_dtype, open_hardware
 from llava_core.engine.layout import Layout
 from llava_core.engine.mesh import Mesh
+from llava_core.engine.offload import on_host
 from llava_core.engine.opset import Use, build_ops
 from llava_core.engine.pipeline import Pipeline
 from llava_core.engine.processes import Processes
@@ -33,6 +34,7 @@ from llava_core.plugins import Registry
 from llava_core.train.checks import (
     check_backend,
     check_data_settings,
+    check_offload,
     check_paths,
     check_recompute,
     check_shares,
@@ -97,6 +99,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     """
     dtype = compute_dtype(config.train.precision, hardware.backend)
     check_backend(config, hardware)
+    check_offload(config, hardware)
     mesh = build_mesh(config, processes, hardware)
     seed_everything(config.train.seed, hardware)
     source = open_source(config.model)
@@ -127,10 +130,10 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
         source,
         ops,
         compute_dtype=dtype,
-        device=hardware.device,
+        device=torch.device(HOST) if config.parallel.offload else hardware.device,
         trainable=trainable,
         projector_seed=config.train.seed,
-        arrange=partial(arrange, config=config, mesh=mesh),
+        arrange=partial(arrange, config=config, mesh=mesh, hardware=hardware),
         part_of=part_of,
     )
     settings = optimizer_settings(config, trainable)
@@ -147,23 +150,24 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
 
 
 def build_mesh(config: RunConfig, processes: Processes, hardware: Hardware) -> Mesh | None:
-    """The run's processes on their layout; None for one process, whose model stays as it is."""
-    if processes.size == 1:
+    """The run's processes on their layout; None for one process, unless its weights are kept on the host."""
+    if processes.size == 1 and not config.parallel.offload:
         return None
     return Mesh.build(processes, Layout.of(config.parallel, processes.size), hardware.device.type)
 
 
-def arrange(model: Llava, *, config: RunConfig, mesh: Mesh | None) -> None:
-    """What a model is made into while it has no memory: spread over processes, compiled, recomputed."""
+def arrange(model: Llava, *, config: RunConfig, mesh: Mesh | None, hardware: Hardware) -> None:
+    """What a model is made into while it has no memory: spread over processes, compiled, told what to keep."""
     if mesh is not None:
         if mesh.layout.context > 1:
             share_sequences(model, mesh.devices["cp"])
         if mesh.layout.tensor > 1:
             shard_tensors(model, mesh.devices["tp"], sequence=config.parallel.sequence)
     train = config.train
-    arrange_layers(model, Keeping(train.recompute, train.recompute_layers, compiled=train.compile))
+    store = on_host(hardware) if train.offload_activations else None
+    arrange_layers(model, Keeping(train.recompute, train.recompute_layers, store, train.compile))
     if mesh is not None:
-        shard_data(model, mesh, Sharding.of(config.parallel.data, config.parallel.reduce_dtype))
+        shard_data(model, mesh, Sharding.of(config.parallel, hardware.backend))
 
 
 def open_source(config: ModelConfig) -> ModelSource:

@@ -33,6 +33,8 @@ def print_plan(run: Run, console: Console) -> None:
         table.add_row("stages", f"of {', '.join(str(len(stage.layers)) for stage in stages)} layers")
     table.add_row("precision", str(run.engine.model.compute_dtype).removeprefix("torch."))
     table.add_row("host threads", str(torch.get_num_threads()))
+    if saved := memory_settings(run):
+        table.add_row("memory", saved)
     whole = outline(run.source.spec)
     for part, prefix in PARTS.items():
         sizes = [p.numel() for name, p in whole.named_parameters() if name.startswith(prefix)]
@@ -45,6 +47,17 @@ def print_plan(run: Run, console: Console) -> None:
     table.add_row("steps", f"{run.schedule.total_steps:,} of {run.config.batch.global_size} samples")
     console.print(Panel(table, title="plan", title_align="left"))
     console.print(kernel_table(run.selections))
+
+
+def memory_settings(run: Run) -> str:
+    """What is computed again and what is kept on the host; empty for nothing."""
+    train, said = run.config.train, []
+    if train.recompute != "none":
+        layers = "all" if train.recompute_layers is None else f"the first {train.recompute_layers}"
+        said.append(f"recompute {train.recompute} in {layers} of {run.source.spec.text.num_layers} layers")
+    said += ["activations on the host"] * train.offload_activations
+    said += ["weights, gradients and optimizer on the host"] * run.config.parallel.offload
+    return ", ".join(said)
 
 
 def print_summary(run: Run, console: Console) -> None:

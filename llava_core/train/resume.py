@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "parallel.",
     "train.recompute",
     "train.recompute_layers",
+    "train.offload_activations",
     "data.num_workers",
     "data.max_bad_fraction",
     # Where the files lie; what they hold is compared by itself.

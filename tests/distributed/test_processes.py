@@ -6,11 +6,13 @@ import threading
 from datetime import timedelta
 
 import pytest
+import torch
 from torch import distributed
 
 from llava_core.engine.layout import Layout
 from llava_core.engine.processes import Processes
 from tests.distributed.processes import TIMEOUT_SECONDS, run_processes
+from tests.hardware import hardware
 
 
 def gather_ranks() -> list[str]:
@@ -25,6 +27,14 @@ def test_every_process_hears_every_other() -> None:
 def test_a_process_alone_hears_itself() -> None:
     assert Processes().gather("me") == ["me"]
     assert Layout().world_size == Processes().size
+
+
+def test_a_process_alone_has_a_group_where_it_is_asked_for() -> None:
+    with Processes().joined(hardware(), timedelta(seconds=TIMEOUT_SECONDS), group_of_one=True):
+        total = torch.ones(1)
+        distributed.all_reduce(total)
+        assert (distributed.get_world_size(), float(total)) == (1, 1.0)
+    assert not distributed.is_initialized()
 
 
 def fail_on_rank_1() -> None:

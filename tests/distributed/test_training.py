@@ -69,6 +69,7 @@ def assert_same_numbers(found: Path, expected: Path) -> None:
         (2, ("parallel.tensor=2",)),
         (4, ("parallel.tensor=2", "parallel.sequence=false")),
         (2, ("parallel.context=2",)),
+        (2, ("parallel.pipeline=2", "train.recompute=selective")),
         (2, ("parallel.tensor=2", "train.recompute=selective", "train.recompute_layers=1")),
         (4, ("parallel.context=2", "train.recompute=full")),
         (4, ("parallel.context=2", "parallel.tensor=2")),

@@ -77,6 +77,19 @@ def test_so_they_have_where_they_share_more(layout: str, alone: Path, parts: Tin
     assert_same_numbers(train(parts, tmp_path / "run", *TWO, layout), alone)
 
 
+def test_so_they_have_where_the_host_keeps_everything(alone: Path, parts: TinyParts, tmp_path: Path) -> None:
+    kept = ("parallel.offload=true", "train.offload_activations=true", "train.recompute=selective")
+    assert_same_numbers(train(parts, tmp_path / "run", *TWO, "parallel.tensor=2", *kept), alone)
+
+
+def test_weights_on_the_host_change_no_bit(spread: Path, parts: TinyParts, tmp_path: Path) -> None:
+    found = train(parts, tmp_path / "run", *TWO, "parallel.offload=true")
+    for key in ("loss", "grad_norm"):
+        assert column(found, key) == column(spread, key)
+    (exported,), (expected,) = ((run / "hf").glob("*.safetensors") for run in (found, spread))
+    assert exported.read_bytes() == expected.read_bytes()
+
+
 def goes_on(parts: TinyParts, whole: Path, output: Path, *arguments: str) -> Path:
     """A run that was stopped where `whole` had saved, and given another command."""
     name = f"checkpoints/step-{STOPPED:08d}"

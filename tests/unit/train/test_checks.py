@@ -54,6 +54,13 @@ def test_more_layers_to_recompute_than_there_are(parts: TinyParts, tmp_path: Pat
     assert "train.recompute_layers = 3: the language model has 2 layers" in said
 
 
+@pytest.mark.parametrize("section", ["train", "parallel"])
+def test_nothing_moves_from_the_host_to_the_host(section: str, parts: TinyParts, tmp_path: Path) -> None:
+    key = {"train": "offload_activations", "parallel": "offload"}[section]
+    said = refusal(parts, tmp_path / "run", **{section: {key: True}})
+    assert f"{section}.{key}: backend 'cpu' computes in the host's memory" in said
+
+
 def test_a_tokenizer_with_tokens_beyond_the_embedding(parts: TinyParts, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -25,7 +25,8 @@ def printed(to: Console) -> str:
 
 
 def test_the_plan_says_what_will_run(parts: TinyParts, tmp_path: Path) -> None:
-    run, to = tiny_run(parts, tmp_path / "run", "train.trainable=[projector]"), console()
+    saving = ("train.recompute=full", "train.recompute_layers=1")
+    run, to = tiny_run(parts, tmp_path / "run", "train.trainable=[projector]", *saving), console()
     report.print_plan(run, to)
     text = printed(to)
     sizes = {
@@ -38,6 +39,7 @@ def test_the_plan_says_what_will_run(parts: TinyParts, tmp_path: Path) -> None:
     assert "36 rows, template v1" in text
     assert "6 of 8 samples" in text
     assert "float32" in text
+    assert "recompute full in the first 1 of 2 layers" in text
 
 
 def test_the_kernel_table_gives_each_rejection_its_reason(parts: TinyParts, tmp_path: Path) -> None:
