@@ -21,6 +21,7 @@ from llava_core.cli.convert import convert
 from llava_core.cli.demo import demo
 from llava_core.cli.doctor import doctor
 from llava_core.cli.generate import generate
+from llava_core.cli.plan import plan
 from llava_core.cli.train import train
 from llava_core.errors import CheckpointError, LlavaError, TrainingError
 from llava_core.launch.reports import report_error
@@ -49,7 +50,7 @@ def options(
     """Train LLaVA models with one script and the same numbers on every accelerator."""
 
 
-for command in (demo, train, ask, generate, convert, backends, doctor, certify):
+for command in (demo, train, plan, ask, generate, convert, backends, doctor, certify):
     app.command()(command)
 
 

@@ -30,6 +30,7 @@ from llava_core.engine.tensor import check_tensor, shard_tensors
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
 from llava_core.errors import ConfigError
 from llava_core.model.llava import Llava
+from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
 from llava_core.train.checks import (
     check_backend,
@@ -48,7 +49,7 @@ from llava_core.train.stages import pipeline_stages
 from llava_core.train.templates import find_templates
 from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import load_model
-from llava_core.weights.source import ModelSource, compose, from_folder
+from llava_core.weights.source import ModelSource, compose, composed_spec, folder_spec, from_folder
 from llava_core.weights.tokenizer import load_tokenizer
 
 EXPORT_FOLDER = "hf"
@@ -180,6 +181,21 @@ def open_source(config: ModelConfig) -> ModelSource:
         config.vision,
         config.language,
         config.projector,
+        projector_type=config.projector_type,
+        feature_layer=config.vision_feature_layer,
+        feature_select=config.vision_feature_select,
+    )
+
+
+def open_spec(config: ModelConfig) -> ModelSpec:
+    """The numbers of the model that the config names, without its weights. Raises WeightsError."""
+    if config.path is not None:
+        return folder_spec(config.path)
+    assert config.vision is not None
+    assert config.language is not None
+    return composed_spec(
+        config.vision,
+        config.language,
         projector_type=config.projector_type,
         feature_layer=config.vision_feature_layer,
         feature_select=config.vision_feature_select,

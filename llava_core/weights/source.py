@@ -49,7 +49,7 @@ class ModelSource:
 
 def from_folder(folder: Path) -> ModelSource:
     """A whole LLaVA, or a language model."""
-    spec = model_spec(read_config(folder), folder)
+    spec = folder_spec(folder)
     files = tuple(weight_files(folder))
     if spec.vision is not None:
         tensors = _tensors(folder, names.LLAVA, tied=spec.text.tied_embeddings)
@@ -68,10 +68,14 @@ def compose(
     feature_select: FeatureSelect,
 ) -> ModelSource:
     """A LLaVA from its parts. Without `projector` its parameters are left for the loader to initialise."""
-    text = text_spec(read_config(language), language)
-    tower = vision_spec(read_config(vision), vision, feature_layer, feature_select)
-    spec = ModelSpec(text, tower, projector_type)
-    tensors = _tensors(vision, names.VISION) | _language_tensors(language, text)
+    spec = composed_spec(
+        vision,
+        language,
+        projector_type=projector_type,
+        feature_layer=feature_layer,
+        feature_select=feature_select,
+    )
+    tensors = _tensors(vision, names.VISION) | _language_tensors(language, spec.text)
     paths = [vision, language]
     if projector is not None:
         check_projector(projector, projector_type)
@@ -79,6 +83,19 @@ def compose(
         paths.append(projector)
     files = tuple(file for path in paths for file in weight_files(path))
     return ModelSource(spec, tensors, language, vision, files, fresh_projector=projector is None)
+
+
+def folder_spec(folder: Path) -> ModelSpec:
+    """The numbers of a whole folder, from its config alone."""
+    return model_spec(read_config(folder), folder)
+
+
+def composed_spec(
+    vision: Path, language: Path, *, projector_type: str, feature_layer: int, feature_select: FeatureSelect
+) -> ModelSpec:
+    """The numbers of a LLaVA from its parts, from their configs alone."""
+    text = text_spec(read_config(language), language)
+    return ModelSpec(text, vision_spec(read_config(vision), vision, feature_layer, feature_select), projector_type)
 
 
 def _language_tensors(path: Path, spec: TextSpec) -> dict[str, Callable[[], Sliceable]]:

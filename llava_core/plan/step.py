@@ -1,0 +1,101 @@
+"""The step that a plan is made for: equal samples, as long as they may be, with an image each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from llava_core.config import RunConfig
+from llava_core.data.batch import Batch, Example
+from llava_core.data.packing import build_batch
+from llava_core.engine.layout import Layout
+from llava_core.errors import ConfigError
+from llava_core.model.spec import ModelSpec
+from llava_core.plan.simulation import Simulation
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What the busiest process has of a full step.
+
+    Attributes:
+        sample_tokens: text and image tokens of each sample.
+        micro_samples: samples of a micro-batch.
+        micro_batches: of this process, all alike.
+    """
+
+    sample_tokens: int
+    micro_samples: int
+    micro_batches: int
+
+    @classmethod
+    def of(cls, config: RunConfig, layout: Layout, sample_tokens: int | None = None) -> PlannedStep:
+        """A step of the config.
+
+        Args:
+            sample_tokens: of a typical sample; the longest that the config allows, if not given. Micro-batches that
+                these do not fill are filled with one sample more, of a few tokens less each.
+
+        Raises:
+            ConfigError: longer than a sample may be.
+        """
+        batch, longest = config.batch, config.data.max_length
+        length = sample_tokens or longest
+        if length > longest:
+            raise ConfigError(
+                f"samples of {length} tokens: data.max_length = {longest}; lower the one or raise the other."
+            )
+        micro = batch.micro_size
+        if micro is None:
+            assert batch.micro_tokens is not None
+            micro = -(-batch.micro_tokens // length)
+            length = batch.micro_tokens // micro
+        chunk = batch.micro_size or 1
+        own = -(-(batch.global_size // chunk) // layout.data) * chunk
+        micro = min(micro, own)
+        return cls(length, micro, -(-own // micro))
+
+    def with_micro_samples(self, micro_samples: int) -> PlannedStep:
+        """The same samples in micro-batches of another size."""
+        own = self.micro_samples * self.micro_batches
+        return replace(self, micro_samples=micro_samples, micro_batches=-(-own // micro_samples))
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_samples * self.sample_tokens
+
+
+def planned_batch(spec: ModelSpec, step: PlannedStep) -> Batch:
+    """A micro-batch of the step, every text token of which is supervised. Its pixels are placeholders of one pixel an
+    image: on the device they are replaced."""
+    visual = spec.vision.visual_tokens if spec.vision else 0
+    has_image = 0 < visual < step.sample_tokens
+    supervised = torch.ones(step.sample_tokens, dtype=torch.bool)
+    supervised[: visual if has_image else 0] = False
+    example = Example(
+        id="planned",
+        tokens=torch.zeros(step.sample_tokens, dtype=torch.int64),
+        supervised=supervised,
+        image_starts=(0,) if has_image else (),
+        pixels=torch.zeros(1, 3, 1, 1) if has_image else None,
+        visual_tokens=visual,
+    )
+    return build_batch([example] * step.micro_samples, pad_id=0, image_size=1)
+
+
+def on_device(batch: Batch, spec: ModelSpec, simulation: Simulation) -> Batch:
+    """The batch with what only the device reads without memory. Labels stay: the host may divide them."""
+    size = spec.vision.image_size if spec.vision else 1
+    moved: dict[str, Any] = {
+        "tokens": simulation.tensor(batch.tokens.shape, torch.int64),
+        "positions": simulation.tensor(batch.positions.shape, torch.int64),
+        "cu_seqlens": simulation.tensor(batch.cu_seqlens.shape, torch.int32),
+        "pixels": simulation.tensor((len(batch.pixels), 3, size, size), torch.float32),
+        "image_index": simulation.tensor(batch.image_index.shape, torch.int64),
+    }
+    for tensor in moved.values():
+        simulation.ledger.count(tensor)
+    return replace(batch, **moved)

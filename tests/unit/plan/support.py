@@ -1,0 +1,159 @@
+"""What the plan's tests share: configs over model sizes alone, and the memory that a real step takes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from llava_core.backend import OpSet
+from llava_core.config import RunConfig, build_config
+from llava_core.data.batch import Batch
+from llava_core.engine.hardware import Hardware, compute_dtype
+from llava_core.engine.layout import Layout
+from llava_core.engine.mesh import Mesh
+from llava_core.engine.opset import Use, build_ops
+from llava_core.engine.processes import Processes
+from llava_core.engine.shard import part_of
+from llava_core.engine.torch_engine import TorchEngine
+from llava_core.model.llava import Llava
+from llava_core.model.spec import ModelSpec, TextSpec, VisionSpec
+from llava_core.plan.collectives import NAMES
+from llava_core.plan.step import PlannedStep, planned_batch
+from llava_core.plan.subject import Subject
+from llava_core.train.prepare import arrange, optimizer_settings
+from llava_core.weights.load import load_model
+from llava_core.weights.source import ModelSource
+from llava_cpu.backend import CpuBackend
+
+TEXT = TextSpec("llama", 1024, 256, 704, 4, 4, 4, 64, 1e-5, 2048)
+VISION = VisionSpec("clip", 112, 14, 128, 512, 4, 2, "quick_gelu", 1e-5)
+SPEC = ModelSpec(TEXT, VISION)
+"""Small, and shaped as a real one is: sizes grow as widths, feed-forwards and vocabularies of large models do."""
+
+
+def run_config(**sections: dict[str, Any]) -> RunConfig:
+    """A config of which nothing need exist; two packed micro-batches of two samples a process alone."""
+    settings: dict[str, dict[str, Any]] = {
+        "model": {"path": "model"},
+        "data": {"path": "data.json", "max_length": 512},
+        "batch": {"global_size": 4, "micro_tokens": 1024},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"trainable": ["projector", "language"], "max_steps": 2, "precision": "fp32"},
+        "parallel": {},
+    }
+    for name, section in sections.items():
+        settings[name] = {**settings[name], **section}
+        if "micro_size" in section:
+            del settings[name]["micro_tokens"]
+    return build_config({"output": "run", "backend": {"name": "cpu"}, **settings})
+
+
+def subject(config: RunConfig, spec: ModelSpec = SPEC) -> Subject:
+    """The config on the host."""
+    backend = CpuBackend()
+    return Subject(config, spec, backend, compute_dtype(config.train.precision, backend), backend.probe().devices)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Real steps, as PyTorch's profiler saw them.
+
+    Attributes:
+        peak: the most bytes that its allocator had handed out.
+        sent: exchanges of a step, by kind.
+    """
+
+    peak: int
+    sent: dict[str, int]
+
+
+def measure(config: RunConfig, spec: ModelSpec, processes: Processes) -> Measured:
+    """Two real steps of this process: the first has no optimizer state yet.
+
+    All that the simulation passes through is real here: weights, samples, kernels, exchanges.
+    """
+    layout = Layout.of(config.parallel, processes.size)
+    step = PlannedStep.of(config, layout)
+    batch = planned_batch(spec, step)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        engine = real_engine(config, spec, layout, processes)
+        batch = real_batch(batch, spec)
+        for _ in range(2):
+            engine.step([batch] * step.micro_batches, 1.0)
+    events = trace_events(profiled)
+    names = Counter(NAMES.get(event.get("name", "").removeprefix("c10d::")) for event in events)
+    return Measured(max(allocated(events)), {kind: names[kind] // 2 for kind in NAMES.values() if names[kind]})
+
+
+def real_engine(config: RunConfig, spec: ModelSpec, layout: Layout, processes: Processes) -> TorchEngine:
+    """An engine on the host, with weights of zeros."""
+    backend = CpuBackend()
+    dtype, trainable = compute_dtype(config.train.precision, backend), frozenset(config.train.trainable)
+    use = Use(dtype, trainable, config.data.max_length, True, layout.tensor, layout.context)
+    ops, _ = build_ops(spec, backend, use)
+    mesh = Mesh.build(processes, layout, "cpu") if processes.size > 1 else None
+    model = load_model(
+        zeros(spec, ops, dtype),
+        ops,
+        compute_dtype=dtype,
+        device=torch.device("cpu"),
+        trainable=trainable,
+        arrange=partial(arrange, config=config, mesh=mesh),
+        part_of=part_of,
+    )
+    hardware = Hardware(backend, torch.device("cpu"))
+    return TorchEngine(model, hardware, optimizer_settings(config, trainable), config.train.loss, mesh)
+
+
+def zeros(spec: ModelSpec, ops: OpSet, dtype: torch.dtype) -> ModelSource:
+    """Weights in a dtype of no run, so that none is shared with the file that it came from."""
+    with torch.device("meta"):
+        model = Llava(spec, ops, dtype)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tensors = {n: partial(torch.zeros, s, dtype=torch.float64) for n, s in shapes.items()}
+    return ModelSource(spec, tensors, Path(), None, ())
+
+
+def real_batch(batch: Batch, spec: ModelSpec) -> Batch:
+    """With pixels, and tensors of its own."""
+    moved: dict[str, Any] = {
+        name: getattr(batch, name).clone() for name in ("tokens", "positions", "cu_seqlens", "image_index")
+    }
+    size = spec.vision.image_size if spec.vision else 1
+    return replace(batch, pixels=torch.zeros(len(batch.pixels), 3, size, size), **moved)
+
+
+def trace_events(profiled: profile) -> list[dict[str, Any]]:
+    """What the profiler recorded."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
+    return events
+
+
+def allocated(events: list[dict[str, Any]]) -> Iterator[int]:
+    """What was in use after each time that memory was taken or given back.
+
+    The profiler does not see what a thread of the process group frees: until its place is taken again, such a block is
+    counted, which may show a block too many, never one too few.
+    """
+    changes = (event for event in events if event.get("name") == "[memory]")
+    live: dict[int, int] = {}
+    total = 0
+    for change in sorted(changes, key=lambda event: event["ts"]):
+        address, num_bytes = change["args"]["Addr"], change["args"]["Bytes"]
+        total -= live.pop(address, 0)
+        if num_bytes > 0:
+            live[address] = num_bytes
+            total += num_bytes
+        yield total
