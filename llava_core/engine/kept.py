@@ -174,7 +174,9 @@ def _refuse(_: object) -> Tensor:
 
 def _address(tensor: Tensor) -> int:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage().data_ptr()
+    storage = local.untyped_storage()
+    # The storage's own, not its memory's: in a plan no tensor has memory. There is no public name for it.
+    return storage._cdata if storage.nbytes() else 0
 
 
 def _length(tensor: Tensor) -> int:

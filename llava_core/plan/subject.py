@@ -16,7 +16,7 @@ from llava_core.engine.tensor import check_tensor
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
-from llava_core.train.checks import check_data_settings, check_shares, check_trainable
+from llava_core.train.checks import check_data_settings, check_recompute, check_shares, check_trainable
 from llava_core.train.prepare import open_spec
 
 NO_DATA = "(no data)"
@@ -60,6 +60,7 @@ class Subject:
         layout = Layout.of(self.config.parallel, world_size)
         check_shares(self.config, layout)
         check_trainable(self.config, self.spec)
+        check_recompute(self.config, self.spec)
         check_data_settings(self.config, self.spec)
         check_tensor(self.spec, layout.tensor)
         return layout

@@ -25,7 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 1, packed, bf16": {"train": {"trainable": STAGE_1, "precision": "bf16"}},
     "stage 2, padded, fp32": {"batch": {"micro_size": 2}},
     "stage 2, packed, fp16": {"train": {"precision": "fp16"}},
-    "recomputed": {"train": {"precision": "bf16", "recompute": True}},
+    "selective": {"train": {"precision": "bf16", "recompute": "selective"}},
+    "recomputed": {"train": {"precision": "bf16", "recompute": "full", "recompute_layers": 3}},
     "everything, bf16": {"train": {"trainable": EVERYTHING, "precision": "bf16"}},
 }
 
