@@ -81,9 +81,14 @@ def part_of(parameter: nn.Parameter, tensor: Sliceable) -> tuple[Tensor, Callabl
 
 
 def units(model: Llava) -> Iterator[nn.Module]:
-    """The modules whose weights are gathered together, children before parents; without the root."""
+    """The modules whose weights are gathered together, children before parents; without the root.
+
+    Each of them is run: in a pipeline torch ends the backward pass of every unit, which fails on one that was never
+    gathered. The tower's layers above the chosen features are gathered with the rest of it.
+    """
     if hasattr(model, "vision_tower"):
-        yield from model.vision_tower.vision_model.encoder.layers
+        transformer = model.vision_tower.vision_model
+        yield from transformer.encoder.layers[: transformer.spec.num_layers_run]
         yield model.vision_tower
         if any(True for _ in model.multi_modal_projector.parameters()):
             yield model.multi_modal_projector

@@ -18,8 +18,13 @@ NAMES = {
     "_allgather_base_": "all-gather",
     "_reduce_scatter_base_": "reduce-scatter",
     "allreduce_": "all-reduce",
+    "send": "send",
+    "recv_": "receive",
 }
 """The kinds by torch's names; others are called as torch calls them."""
+
+HANDSHAKE_BYTES = 8
+"""In its first step a pipeline's neighbours send each other a number; what they send in every step is larger."""
 
 ALL = "all"
 """The axis of what all processes do together."""
@@ -76,19 +81,21 @@ class CollectiveLog:
         # Of what is gathered and of its parts, the whole is the larger.
         num_bytes = max((tensor.nbytes for tensor in tensors), default=0)
         kind = NAMES.get(name, name.strip("_"))
+        if kind in ("send", "receive") and num_bytes <= HANDSHAKE_BYTES:
+            return kind, axis
         self._sent.append(_Sent(kind, axis, group.size(), num_bytes, self.micro_batch))
         return kind, axis
 
-    def of_step(self, num_micro_batches: int) -> list[Collective]:
-        """The exchanges of a step of so many micro-batches, of which two were gone through, or the only one.
+    def of_step(self, left_out: int) -> list[Collective]:
+        """The exchanges of a step with so many more micro-batches than were gone through, all like the first.
 
-        All but the last are alike: replicas add up their gradients in the last alone.
+        Only the last may differ: replicas add up their gradients in the last alone.
         """
         counts: Counter[tuple[str, str, int]] = Counter()
         sizes: Counter[tuple[str, str, int]] = Counter()
         for sent in self._sent:
             key = sent.kind, sent.axis, sent.processes
-            times = num_micro_batches - 1 if num_micro_batches > 1 and sent.micro_batch == 1 else 1
+            times = 1 + left_out if sent.micro_batch == 1 else 1
             counts[key] += times
             sizes[key] += times * sent.num_bytes
         return [Collective(*key, count, sizes[key]) for key, count in sorted(counts.items())]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_core.backend import OpSet
 from llava_core.config import RunConfig
 from llava_core.engine.hardware import HOST, Hardware
 from llava_core.engine.layout import Layout
@@ -31,8 +30,8 @@ from llava_core.plan.step import PlannedStep, on_device, planned_batch
 from llava_core.plan.subject import Subject
 from llava_core.plan.world import pretended
 from llava_core.train.flops import step_flops
-from llava_core.train.prepare import arrange, optimizer_settings
-from llava_core.weights.load import load_model
+from llava_core.train.prepare import build_engine
+from llava_core.weights.load import outline
 from llava_core.weights.rows import Sliceable
 from llava_core.weights.source import ModelSource
 
@@ -100,62 +99,67 @@ def estimate(subject: Subject, layout: Layout, rank: int, step: PlannedStep) -> 
         ledger, log = MemoryLedger(), CollectiveLog(mesh)
         simulation = Simulation(ledger, log)
         batch = planned_batch(subject.spec, step)
+        # Micro-batches are alike, save the last; in a pipeline the more there are, up to its depth, the more are kept.
+        simulated = step.micro_batches if layout.pipeline > 1 else min(step.micro_batches, 2)
         with simulation.running():
-            engine, kernels = build_engine(subject, mesh, simulation)
+            engine, kernels = weightless_engine(subject, mesh, simulation, step.micro_tokens)
             give_optimizer_state(engine, ledger)
-            run_step(engine, simulation, on_device(batch, subject.spec, simulation), min(step.micro_batches, 2))
+            run_step(engine, simulation, on_device(batch, subject.spec, simulation), simulated)
         trainable = subject.config.train.trainable
         flops = step_flops(subject.spec, trainable, [batch]) * step.micro_batches * layout.data
+        named = (named for stage in engine.stages for named in stage.named_parameters())
         return Estimate(
             rank,
             layout,
             subject.dtype,
-            tuple(planned_parameter(name, p) for name, p in engine.model.named_parameters()),
+            tuple(planned_parameter(name, parameter) for name, parameter in named),
             kernels,
             step,
             dict(ledger.at_peak),
             dict(ledger.largest),
             ledger.peak,
             flops,
-            tuple(log.of_step(step.micro_batches)),
+            tuple(log.of_step(step.micro_batches - simulated)),
         )
 
 
-def build_engine(subject: Subject, mesh: Mesh | None, simulation: Simulation) -> tuple[TorchEngine, dict[str, str]]:
+def weightless_engine(
+    subject: Subject, mesh: Mesh | None, simulation: Simulation, num_tokens: int
+) -> tuple[TorchEngine, dict[str, str]]:
     """The run's engine with parameters that have no memory, and the kernel of each place."""
     config, spec, dtype = subject.config, subject.spec, subject.dtype
     trainable = frozenset(config.train.trainable)
     layout = mesh.layout if mesh is not None else Layout()
     use = Use(dtype, trainable, config.data.max_length, config.train.deterministic, layout.tensor, layout.context)
     ops, kernels = planned_ops(spec, subject.backend, use, config.backend.kernels, is_here=bool(subject.devices))
-    model = load_model(
-        weightless_source(spec, ops, dtype, simulation),
+    engine = build_engine(
+        uncompiled(config),
+        weightless_source(spec, simulation),
         ops,
-        compute_dtype=dtype,
-        device=torch.device(HOST),
-        trainable=trainable,
-        arrange=partial(arrange, config=uncompiled(config), mesh=mesh),
+        dtype,
+        Hardware(subject.backend, torch.device(HOST)),
+        mesh,
+        num_tokens=num_tokens,
         part_of=partial(weightless_part, simulation),
     )
-    count_loss(model, simulation.ledger)
-    for parameter in model.parameters():
-        simulation.ledger.relabel(local(parameter), WEIGHTS)
-    hardware = Hardware(subject.backend, torch.device(HOST))
-    return TorchEngine(model, hardware, optimizer_settings(config, trainable), config.train.loss, mesh), kernels
+    for stage in engine.stages:
+        count_loss(stage, simulation.ledger)
+        for parameter in stage.parameters():
+            simulation.ledger.relabel(local(parameter), WEIGHTS)
+    return engine, kernels
 
 
-def weightless_source(spec: ModelSpec, ops: OpSet, dtype: torch.dtype, simulation: Simulation) -> ModelSource:
+def weightless_source(spec: ModelSpec, simulation: Simulation) -> ModelSource:
     """Weights of the right names and shapes."""
-    with torch.device("meta"):
-        model = Llava(spec, ops, dtype)
     tensors: dict[str, Callable[[], Sliceable]] = {
-        name: partial(simulation.tensor, p.shape, ON_DISK) for name, p in model.named_parameters()
+        name: partial(simulation.tensor, parameter.shape, ON_DISK)
+        for name, parameter in outline(spec).named_parameters()
     }
     return ModelSource(spec, tensors, Path(), None, ())
 
 
 def weightless_part(
-    simulation: Simulation, parameter: nn.Parameter, tensor: Sliceable
+    simulation: Simulation, parameter: nn.Parameter, _: Sliceable
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """As `engine.shard.part_of`, from the shape alone."""
     return simulation.tensor(local(parameter).shape, ON_DISK), partial(laid_out_like, parameter)

@@ -49,7 +49,9 @@ class Plan:
             "rank": found.rank,
             "layout": asdict(found.layout),
             "step": {
-                **asdict(found.step),
+                "sample_tokens": found.step.sample_tokens,
+                "micro_samples": found.step.micro_samples,
+                "micro_batches": found.step.micro_batches,
                 "samples": self.subject.config.batch.global_size,
                 "tokens": self.subject.config.batch.global_size * found.step.sample_tokens,
                 "flops": found.flops,
@@ -94,5 +96,5 @@ def make_plan(
             return found.peak
         return estimate(subject, layout, rank, step.with_micro_samples(samples)).peak
 
-    fit = largest_fit(peak_of, memory, step.micro_samples, limit=step.micro_samples * step.micro_batches)
+    fit = largest_fit(peak_of, memory, step.micro_samples, limit=step.own_samples)
     return Plan(subject, found, memory, fit)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
 from llava_core.plan.simulation import Simulation
+from llava_core.train.data import pipelined
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class PlannedStep:
     Attributes:
         sample_tokens: text and image tokens of each sample.
         micro_samples: samples of a micro-batch.
-        micro_batches: of this process, all alike.
+        own_samples: of this process in a step.
+        fill: how many micro-batches there are where so many would do.
     """
 
     sample_tokens: int
     micro_samples: int
-    micro_batches: int
+    own_samples: int
+    fill: Callable[[int], int] = field(default=int, compare=False, repr=False)
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, sample_tokens: int | None = None) -> PlannedStep:
@@ -55,12 +59,16 @@ class PlannedStep:
         chunk = batch.micro_size or 1
         own = -(-(batch.global_size // chunk) // layout.data) * chunk
         micro = min(micro, own)
-        return cls(length, micro, -(-own // micro))
+        return cls(length, micro, own, pipelined(config).get("num_batches", int))
 
     def with_micro_samples(self, micro_samples: int) -> PlannedStep:
         """The same samples in micro-batches of another size."""
-        own = self.micro_samples * self.micro_batches
-        return replace(self, micro_samples=micro_samples, micro_batches=-(-own // micro_samples))
+        return replace(self, micro_samples=micro_samples)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of this process, all taken to be alike; a pipeline's schedule may ask for more than have samples."""
+        return self.fill(-(-self.own_samples // self.micro_samples))
 
     @property
     def micro_tokens(self) -> int:

@@ -18,6 +18,7 @@ from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
 from llava_core.train.checks import check_data_settings, check_recompute, check_shares, check_trainable
 from llava_core.train.prepare import open_spec
+from llava_core.train.stages import pipeline_stages
 
 NO_DATA = "(no data)"
 """Stands for `data.path`, which a plan does not read."""
@@ -63,6 +64,7 @@ class Subject:
         check_recompute(self.config, self.spec)
         check_data_settings(self.config, self.spec)
         check_tensor(self.spec, layout.tensor)
+        pipeline_stages(self.config, self.spec)
         return layout
 
     def device_memory(self, world_size: int) -> int | None:

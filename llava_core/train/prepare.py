@@ -48,7 +48,7 @@ from llava_core.train.schedule import Schedule, warmup_steps
 from llava_core.train.stages import pipeline_stages
 from llava_core.train.templates import find_templates
 from llava_core.weights.export import refuse_foreign
-from llava_core.weights.load import load_model
+from llava_core.weights.load import PartOf, load_model
 from llava_core.weights.source import ModelSource, compose, composed_spec, folder_spec, from_folder
 from llava_core.weights.tokenizer import load_tokenizer
 
@@ -107,7 +107,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     trainable = check_trainable(config, source.spec)
     check_tensor(source.spec, config.parallel.tensor)
     check_recompute(config, source.spec)
-    stages = pipeline_stages(config, source.spec)
+    pipeline_stages(config, source.spec)
     check_data_settings(config, source.spec)
     use = Use(
         dtype,
@@ -126,6 +126,32 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     templates = find_templates(config.data, readers, registry, tokenizer, source)
     processor = find_processor(config.data, source)
     loader = build_loader(config, readers, templates, source.spec, tokenizer, processor, data_share(mesh))
+    engine = build_engine(config, source, ops, dtype, hardware, mesh, num_tokens=largest_micro_batch(config))
+    schedule = build_schedule(config, loader.steps_per_epoch)
+    template = templates.export
+    return Run(
+        config, processes, hardware, source, selections, tokenizer, template, processor, loader, engine, schedule
+    )
+
+
+def build_engine(
+    config: RunConfig,
+    source: ModelSource,
+    ops: OpSet,
+    dtype: torch.dtype,
+    hardware: Hardware,
+    mesh: Mesh | None,
+    *,
+    num_tokens: int,
+    part_of: PartOf = part_of,
+) -> TorchEngine:
+    """The model's weights, or this process's part of them, and their optimizer.
+
+    Args:
+        num_tokens: of every micro-batch of a pipeline.
+        part_of: as `load_model` takes it.
+    """
+    trainable = frozenset(config.train.trainable)
     load = partial(
         load_model,
         source,
@@ -137,17 +163,12 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
         arrange=partial(arrange, config=config, mesh=mesh, hardware=hardware),
         part_of=part_of,
     )
-    settings = optimizer_settings(config, trainable)
+    stages = pipeline_stages(config, source.spec)
     models = [load(stage=stage) for stage in (stages if mesh is None else mesh.own_stages(stages))]
     pipeline = None
     if mesh is not None and mesh.layout.pipeline > 1:
-        pipeline = Pipeline(models, mesh, hardware.device, largest_micro_batch(config))
-    engine = TorchEngine(models[0], hardware, settings, config.train.loss, mesh, pipeline)
-    schedule = build_schedule(config, loader.steps_per_epoch)
-    template = templates.export
-    return Run(
-        config, processes, hardware, source, selections, tokenizer, template, processor, loader, engine, schedule
-    )
+        pipeline = Pipeline(models, mesh, hardware.device, num_tokens)
+    return TorchEngine(models[0], hardware, optimizer_settings(config, trainable), config.train.loss, mesh, pipeline)
 
 
 def build_mesh(config: RunConfig, processes: Processes, hardware: Hardware) -> Mesh | None:

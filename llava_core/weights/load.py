@@ -23,6 +23,7 @@ MAX_LISTED = 20
 
 
 Layout: TypeAlias = Callable[[Tensor], Tensor]
+PartOf: TypeAlias = Callable[[nn.Parameter, Sliceable], tuple[Tensor, Layout]]
 
 
 def leave_whole(model: Llava) -> None:
@@ -43,7 +44,7 @@ def load_model(
     trainable: frozenset[str] = frozenset(),
     projector_seed: int = 0,
     arrange: Callable[[Llava], None] = leave_whole,
-    part_of: Callable[[nn.Parameter, Sliceable], tuple[Tensor, Layout]] = whole,
+    part_of: PartOf = whole,
     stage: Stage | None = None,
 ) -> Llava:
     """The model with its weights, one tensor at a time, so that memory holds it once.

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shards, stage 1": {"train": {"trainable": ["projector"]}},
     "replicas": {"batch": {"global_size": 12}, "parallel": {"data": "replicate"}},
     "tensor": {"train": {"precision": "bf16"}, "parallel": {"tensor": 2}},
+    "pipeline": {"train": {"precision": "bf16"}, "parallel": {"pipeline": 2}, "batch": {"global_size": 6}},
     "context": {"train": {"precision": "bf16"}, "parallel": {"context": 2}},
 }
 

@@ -13,11 +13,11 @@ from tests.unit.plan.support import SPEC, run_config
 @pytest.mark.parametrize(
     ("batch", "data", "expected"),
     [
-        ({"global_size": 8, "micro_tokens": 1024}, 1, PlannedStep(512, 2, 4)),
-        ({"global_size": 8, "micro_tokens": 1024}, 3, PlannedStep(512, 2, 2)),  # three samples, in two micro-batches
-        ({"global_size": 8, "micro_tokens": 1200}, 1, PlannedStep(400, 3, 3)),  # filled: packing leaves little room
-        ({"global_size": 8, "micro_tokens": 4096}, 4, PlannedStep(512, 2, 1)),  # no more than a process has
-        ({"global_size": 12, "micro_size": 2}, 4, PlannedStep(512, 2, 2)),  # six padded micro-batches for four
+        ({"global_size": 8, "micro_tokens": 1024}, 1, PlannedStep(512, 2, 8)),
+        ({"global_size": 8, "micro_tokens": 1024}, 3, PlannedStep(512, 2, 3)),
+        ({"global_size": 8, "micro_tokens": 1200}, 1, PlannedStep(400, 3, 8)),  # filled: packing leaves little room
+        ({"global_size": 8, "micro_tokens": 4096}, 4, PlannedStep(512, 2, 2)),  # no more than a process has
+        ({"global_size": 12, "micro_size": 2}, 4, PlannedStep(512, 2, 4)),  # six padded micro-batches for four
     ],
 )
 def test_shares_and_micro_batches(batch: dict[str, int], data: int, expected: PlannedStep) -> None:
@@ -26,13 +26,13 @@ def test_shares_and_micro_batches(batch: dict[str, int], data: int, expected: Pl
 
 def test_samples_of_a_typical_length() -> None:
     config = run_config(batch={"global_size": 8, "micro_tokens": 1024})
-    assert PlannedStep.of(config, Layout(), 128) == PlannedStep(128, 8, 1)
+    assert PlannedStep.of(config, Layout(), 128) == PlannedStep(128, 8, 8)
     with pytest.raises(ConfigError, match="data.max_length = 512"):
         PlannedStep.of(config, Layout(), 513)
 
 
 def test_a_micro_batch_has_an_image_a_sample_and_every_text_token_supervised() -> None:
-    batch = planned_batch(SPEC, PlannedStep(512, 2, 1))
+    batch = planned_batch(SPEC, PlannedStep(512, 2, 2))
     assert (batch.counts.images, batch.counts.image_tokens, batch.counts.label_tokens) == (2, 128, 2 * (512 - 64))
-    too_short = planned_batch(SPEC, PlannedStep(64, 2, 1))
+    too_short = planned_batch(SPEC, PlannedStep(64, 2, 2))
     assert (too_short.counts.images, too_short.counts.label_tokens) == (0, 2 * 63)
