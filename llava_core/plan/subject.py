@@ -76,9 +76,9 @@ class Subject:
 def planned_config(source: str, overrides: Sequence[str], options: dict[str, str]) -> RunConfig:
     """As `load_config`, but for a config to which its data may still have to be given. Raises ConfigError."""
     settings = merge(source, overrides, options=options)
-    data = settings.get("data")
-    if data is None or isinstance(data, dict):
-        settings["data"] = {"path": NO_DATA, **(data or {})}
+    data = settings.get("data") or {}
+    if isinstance(data, dict) and not data.get("sources"):
+        settings["data"] = {**data, "path": data.get("path") or NO_DATA}
     return build_config(settings)
 
 
