@@ -65,6 +65,7 @@ class Subject:
         check_data_settings(self.config, self.spec)
         check_tensor(self.spec, layout.tensor)
         pipeline_stages(self.config, self.spec)
+        check_not_offloaded(self.config)
         return layout
 
     def device_memory(self, world_size: int) -> int | None:
@@ -80,6 +81,23 @@ def planned_config(source: str, overrides: Sequence[str], options: dict[str, str
     if isinstance(data, dict) and not data.get("sources"):
         settings["data"] = {**data, "path": data.get("path") or NO_DATA}
     return build_config(settings)
+
+
+def check_not_offloaded(config: RunConfig) -> None:
+    """Nothing is to be moved to the host, which here plays the device: what is on which could not be told apart.
+
+    Raises:
+        ConfigError: something is.
+    """
+    wanted = {
+        "train.offload_activations": config.train.offload_activations,
+        "parallel.offload": config.parallel.offload,
+    }
+    keys = [key for key, is_wanted in wanted.items() if is_wanted]
+    if keys:
+        raise ConfigError(
+            f"{' and '.join(keys)}: a plan cannot count what is moved to the host; leave it out of the plan."
+        )
 
 
 def memory_bytes(text: str) -> int:

@@ -86,6 +86,7 @@ def test_a_backend_that_is_not_here_is_planned_with_fused_kernels(capsys, model:
         (("--world-size", "3", "parallel.tensor=2"), "parallel.tensor = 2: 3 processes do not divide by it"),
         (("--world-size", "16"), "16 data-parallel processes cannot share"),
         (("parallel.tensor=8", "--world-size", "8"), "tensor parallelism over 8 processes"),
+        (("parallel.offload=true",), "parallel.offload: a plan cannot count"),
         (("model.path=nowhere",), "nowhere has no config.json"),
         (("train.trainable=[language,projectr]",), "train.trainable"),
     ],
