@@ -20,6 +20,7 @@ GIVEN = {
     "llava-internlm2-20b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
     "llava-mistral-7b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
     "llama31-8b-sft": ["model.path=llama", "data.path=d.json"],
+    "llama31-8b-pretrain": ["model.path=llama", "data.path=corpus.idx"],
 }
 
 
@@ -69,15 +70,24 @@ def test_internlm2_20b() -> None:
     assert (config.checkpoint.every_steps, config.checkpoint.keep, config.parallel.data) == (500, 2, "grad")
 
 
-def test_llama31_8b() -> None:
-    config = recipe("llama31-8b-sft")
+@pytest.mark.parametrize("name", ["llama31-8b-pretrain", "llama31-8b-sft"])
+def test_what_both_of_llama31_8b_share(name: str) -> None:
+    config = recipe(name)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (1e-5, (0.9, 0.95), 0.1)
     assert optimizer.final_fraction * optimizer.learning_rate == pytest.approx(1e-6)
-    assert (optimizer.warmup_steps, config.train.max_steps) == (100, 10000)
-    assert (config.batch.global_size, config.data.max_length, config.train.loss) == (8, 128, "sequence_mean")
+    assert (config.batch.global_size, config.data.max_length) == (8, 128)
     assert (config.train.trainable, config.data.images) == (("language",), None)
     assert (config.parallel.tensor, config.parallel.pipeline) == (4, 2)
+
+
+def test_llama31_8b_counts_tokens_on_documents_and_steps_on_instructions() -> None:
+    documents, instructions = recipe("llama31-8b-pretrain"), recipe("llama31-8b-sft")
+    assert documents.train.max_steps == -(-10000 // (8 * 128))
+    assert documents.optimizer.warmup_fraction == 100 / 10000
+    assert (documents.train.loss, documents.data.overlong) == ("token_mean", "split")
+    assert (instructions.optimizer.warmup_steps, instructions.train.max_steps) == (100, 10000)
+    assert instructions.train.loss == "sequence_mean"
 
 
 def test_llava_mistral_7b() -> None:
