@@ -21,6 +21,7 @@ from llava_core.data.readers.webdataset import WebdatasetReader
 from llava_core.data.records import EmbeddedImage, Record
 from llava_core.errors import BadRow, DataError
 
+GOLDEN = Path(__file__).parents[2] / "golden" / "energon"
 LONG_KEY = "deep/" * 30 + "sample"  # a name of more than 100 characters takes a header of its own
 
 
@@ -201,6 +202,15 @@ def prepared(shards: Path, tmp_path: Path) -> Path:
     for shard in shards.iterdir():
         (tmp_path / shard.name).symlink_to(shard)
     return describe(tmp_path, VQA)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_energon_prepared_is_read_as_energon_reads_it(split: str) -> None:
+    expected = json.loads((GOLDEN / "expected.json").read_text())[split]
+    reader = EnergonReader(GOLDEN, split=split)
+    rows = [reader.read(i) for i in range(len(reader))]
+    colours = [ImageStore(None, 100).open(row.images[0]).getpixel((0, 0))[0] for row in rows]
+    assert [[row.id, *(text for _, text in said(row)), c] for row, c in zip(rows, colours, strict=True)] == expected
 
 
 @pytest.mark.parametrize("older", [False, True])
