@@ -30,6 +30,7 @@ def llava_register_readers() -> list[Contribution]:
         Contribution(
             "energon", f"{module}.energon:EnergonReader", "webdataset that energon prepare described", api_version=1
         ),
+        Contribution("parquet", f"{module}.parquet:ParquetReader", "parquet, by its columns", api_version=1),
         Contribution("megatron", f"{module}.megatron:MegatronReader", "Megatron .bin/.idx: documents", api_version=1),
         Contribution(
             "megatron_sft",

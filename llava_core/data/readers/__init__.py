@@ -17,6 +17,7 @@ SUFFIX_READERS: Mapping[str, str] = {
     ".idx": "megatron",
     ".bin": "megatron",
     ".tar": "webdataset",
+    ".parquet": "parquet",
 }
 
 Content = Literal["conversations", "texts", "tokens"]

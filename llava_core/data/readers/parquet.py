@@ -1,0 +1,175 @@
+"""Parquet files, as the Hugging Face hub has them: conversations, instructions or documents, by their columns."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_core.data.readers import Content
+from llava_core.data.readers.instructions import parse_alpaca, parse_sharegpt
+from llava_core.data.readers.text import parse_text_row
+from llava_core.data.records import EmbeddedImage, Record, malformed
+from llava_core.errors import BadRow, ConfigError, DataError
+
+MAX_GROUP_BYTES = 1 << 30
+"""Rows are read by the row group; a larger one would take each worker gigabytes."""
+
+IMAGE_COLUMNS = ("image", "images")
+OPTIONAL_COLUMNS = ("id", "input", "system", "history", *IMAGE_COLUMNS)
+
+
+class Form(NamedTuple):
+    """What rows with these columns are."""
+
+    columns: tuple[str, ...]
+    content: Content
+    parse: Callable[[object, int], Record]
+
+
+FORMS = (
+    Form(("conversations",), "conversations", parse_sharegpt),
+    Form(("messages",), "conversations", parse_sharegpt),
+    Form(("instruction", "output"), "conversations", parse_alpaca),
+    Form(("text",), "texts", parse_text_row),
+)
+
+
+class RowGroup(NamedTuple):
+    """Some rows of a file, which are read together."""
+
+    file: int
+    number: int
+
+
+class ParquetReader:
+    """The rows of a .parquet file, or of all in a folder, by name. See `Reader`.
+
+    What they are follows from the first of `FORMS` whose columns are there. Images are in `image` or `images`: the
+    bytes of a file, a path in the image folder, or both, in a struct of `bytes` and `path`; or lists of these.
+
+    A row is read with its row group, and the last group stays in memory, so that rows in order are quick. In random
+    order each costs a row group.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        DataError: missing, empty, damaged or of other columns; row groups that are too large.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not self._files:
+            raise DataError(f"{path} holds no .parquet file; check that it is the folder you mean")
+        self._groups: list[RowGroup] = []
+        sizes: list[int] = []
+        columns = set()
+        for number, file in enumerate(self._files):
+            metadata = _open(file).metadata
+            columns.add(frozenset(metadata.schema.to_arrow_schema().names))
+            for group in range(metadata.num_row_groups):
+                self._groups.append(RowGroup(number, group))
+                sizes.append(metadata.row_group(group).num_rows)
+                _check_size(file, group, metadata.row_group(group).total_byte_size)
+        self._starts = [0, *accumulate(sizes)]
+        if not len(self):
+            raise DataError(f"{path} holds no rows; check that it is the file you mean and was written to its end")
+        if len(columns) > 1:
+            raise DataError(f"the files of {path} differ in their columns: name those of one kind")
+        self._form = _form(path, columns.pop())
+        self._num_bytes = [file.stat().st_size for file in self._files]
+        self._last: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": None}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def content(self) -> Content:
+        return self._form.content
+
+    @property
+    def fingerprint(self) -> Mapping[str, str | int]:
+        """`path`, `num_bytes`, `num_rows` and `num_files`."""
+        num_bytes, num_files = sum(self._num_bytes), len(self._files)
+        return {"path": str(self.path), "num_bytes": num_bytes, "num_rows": len(self), "num_files": num_files}
+
+    def read(self, index: int) -> Record:
+        """Row `index`. See `Reader.read`; reasons `broken_row_group` and those of the form's parser."""
+        group = bisect_right(self._starts, index) - 1
+        if self._last is None or self._last[0] != group:
+            self._last = group, self._read_group(group, index)
+        (row,) = self._last[1].slice(index - self._starts[group], 1).to_pylist()
+        images = _parse_images(row, index)
+        return replace(self._form.parse(row, index), images=images)
+
+    def _read_group(self, group: int, index: int) -> Any:
+        file, number = self._groups[group]
+        path = self._files[file]
+        opened = _open(path)
+        num_bytes = path.stat().st_size
+        if num_bytes != self._num_bytes[file]:
+            raise DataError(
+                f"{path} changed while in use: it had {self._num_bytes[file]} bytes and has {num_bytes}; "
+                "start again with files that nothing writes to"
+            )
+        wanted = {*self._form.columns, *OPTIONAL_COLUMNS}
+        names = [name for name in opened.schema_arrow.names if name in wanted]
+        try:
+            return opened.read_row_group(number, columns=names, use_threads=False)
+        except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+            raise BadRow("broken_row_group", f"row {index}: row group {number} of {path}: {error}") from error
+
+
+def _open(path: Path) -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(f"{path} needs pyarrow to be read: pip install 'llava-core[parquet]'") from error
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a parquet file: {error}; copy it again") from error
+
+
+def _check_size(path: Path, group: int, num_bytes: int) -> None:
+    if num_bytes > MAX_GROUP_BYTES:
+        raise DataError(
+            f"row group {group} of {path} has {num_bytes} bytes, and each row is read with its group: write the file "
+            f"again with groups of at most {MAX_GROUP_BYTES} bytes"
+        )
+
+
+def _form(path: Path, columns: frozenset[str]) -> Form:
+    found = next((form for form in FORMS if columns.issuperset(form.columns)), None)
+    if found is None:
+        known = "; ".join(", ".join(form.columns) for form in FORMS)
+        raise DataError(f"{path} has the columns {', '.join(sorted(columns))}; expected one of: {known}")
+    return found
+
+
+def _parse_images(row: Mapping[str, object], index: int) -> tuple[str | EmbeddedImage, ...]:
+    """The images of all columns that hold any."""
+    found: list[str | EmbeddedImage] = []
+    for column in IMAGE_COLUMNS:
+        value = row.get(column)
+        for number, image in enumerate(value if isinstance(value, list) else [value]):
+            if image is not None:
+                found.append(_parse_image(image, index, f"{column}[{number}]"))
+    return tuple(found)
+
+
+def _parse_image(image: object, index: int, where: str) -> str | EmbeddedImage:
+    path = image.get("path") if isinstance(image, dict) else image
+    data = image.get("bytes") if isinstance(image, dict) else image
+    name = path if isinstance(path, str) and path else f"row {index}, {where}"
+    if isinstance(data, bytes):
+        return EmbeddedImage(name, data)
+    if isinstance(path, str) and path:
+        return path
+    raise malformed(index, where, image, "the bytes of an image, or its path")
