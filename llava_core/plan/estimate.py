@@ -56,10 +56,6 @@ class PlannedParameter:
     trained: bool
 
     @property
-    def num_values(self) -> int:
-        return prod(self.shape)
-
-    @property
     def num_local(self) -> int:
         return prod(self.local_shape)
 

@@ -6,12 +6,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llava_core.model.freeze import PARTS
+from llava_core.model.freeze import PARTS, part_of
 from llava_core.plan.estimate import Estimate, estimate
 from llava_core.plan.fit import Fit, largest_fit
 from llava_core.plan.memory import KINDS
 from llava_core.plan.step import PlannedStep
 from llava_core.plan.subject import Subject
+from llava_core.weights.load import outline
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Plan:
     fit: Fit | None
 
     def part_sizes(self) -> list[tuple[str, bool, int, int]]:
-        """Each part of the model that this process has something of: its name, whether it learns, parameters of the
-        whole and of this process."""
+        """Each part of the model: its name, whether it learns, and parameters of the whole and of this process."""
         whole: Counter[str] = Counter()
         own: Counter[str] = Counter()
+        for name, weight in outline(self.subject.spec).named_parameters():
+            whole[part_of(name)] += weight.numel()
         for parameter in self.estimate.parameters:
-            whole[parameter.part] += parameter.num_values
             own[parameter.part] += parameter.num_local
         trainable = self.subject.config.train.trainable
         return [(part, part in trainable, whole[part], own[part]) for part in PARTS if whole[part]]

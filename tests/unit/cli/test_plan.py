@@ -39,6 +39,19 @@ def test_a_plan_needs_a_config_alone(capsys, model: Path, tmp_path: Path) -> Non
     assert plan["largest_micro_batch"]["samples"] == 0
 
 
+def test_of_a_stage_the_whole_model_is_told_too(capsys, model: Path, tmp_path: Path) -> None:
+    parts = []
+    for more in ((), ("parallel.pipeline=2", "--nproc", "2", "--rank", "1")):
+        done = run(capsys, *arguments(model, "--json", tmp_path / "plan.json", *more))
+        assert done.code == 0, done.err
+        parts.append(json.loads((tmp_path / "plan.json").read_text())["parts"])
+    whole, of_last = parts
+    assert [part["parameters"] for part in of_last] == [part["parameters"] for part in whole]
+    vision, projector, language = of_last
+    assert (vision["parameters_here"], projector["parameters_here"]) == (0, 0)
+    assert 0 < language["parameters_here"] < language["parameters"]
+
+
 def test_the_largest_micro_batch(capsys, model: Path, tmp_path: Path) -> None:
     def plan(*more: object) -> dict[str, dict[str, int]]:
         done = run(capsys, *arguments(model, "batch.global_size=64", "--json", tmp_path / "plan.json", *more))
