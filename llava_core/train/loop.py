@@ -17,6 +17,8 @@ from llava_core.data.loader import Step
 from llava_core.engine.processes import Processes
 from llava_core.engine.torch_engine import StepResult
 from llava_core.errors import ConfigError, LlavaError
+from llava_core.plan.estimate import Estimate
+from llava_core.plan.of_run import expect, expectation_line, outcome_line
 from llava_core.plugins import Registry
 from llava_core.train import report, resume
 from llava_core.train.agreement import agree
@@ -71,14 +73,24 @@ def train_model(
     hardware = open_run(config, registry, processes)
     with processes.joined(hardware, RANK_TIMEOUT, group_of_one=config.parallel.offload):
         run = prepare(config, registry, hardware, processes)
-        (report.print_summary if brief else report.print_plan)(run, console)
-        return train_prepared(run, registry, console)
+        if brief:
+            report.print_summary(run, console)
+            return train_prepared(run, registry, console)
+        report.print_plan(run, console)
+        expected = expect(run)
+        console.print(f"memory: {expectation_line(expected)}", markup=False)
+        return train_prepared(run, registry, console, expected if isinstance(expected, Estimate) else None)
 
 
-def train_prepared(run: Run, registry: Registry, console: Console) -> RunResult:
-    """Go on from the newest checkpoint to the end, then export. Raises as `train_model`."""
+def train_prepared(run: Run, registry: Registry, console: Console, expected: Estimate | None = None) -> RunResult:
+    """Go on from the newest checkpoint to the end, then export. Raises as `train_model`.
+
+    Args:
+        expected: what a step was estimated to need, to be compared with what it took.
+    """
     config = run.config
     done, notes = resume.resume(run)
+    done_before = done
     for note in notes:
         console.print(note, markup=False)
     export = config.output / EXPORT_FOLDER
@@ -91,6 +103,9 @@ def train_prepared(run: Run, registry: Registry, console: Console) -> RunResult:
         done = run_steps(run, done, stop, registry, console)
         if run.processes.is_first:
             plot_loss(config.output)
+        outcome = outcome_line(run, expected, done_before) if expected is not None else None
+        if outcome is not None:
+            console.print(outcome, markup=False)
         if stop.agree(run.processes.gather):
             saved = "the state is saved. The same command goes on from there." if done else "nothing was saved."
             console.print(f"interrupted after step {done}; {saved}")

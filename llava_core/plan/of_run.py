@@ -1,0 +1,51 @@
+"""What a run of one process expects to need, and what it then needed."""
+
+from __future__ import annotations
+
+from llava_core.engine.hardware import HOST
+from llava_core.errors import ConfigError
+from llava_core.plan.estimate import Estimate, estimate
+from llava_core.plan.report import size
+from llava_core.plan.step import PlannedStep
+from llava_core.plan.subject import Subject
+from llava_core.train.metrics import read_metrics
+from llava_core.train.prepare import Run
+
+
+def expect(run: Run) -> Estimate | str:
+    """The estimate of a full step, or why there is none."""
+    if run.processes.size > 1:
+        return f"of several processes `llava-core plan … --nproc {run.processes.size}` estimates it"
+    backend = run.hardware.backend
+    subject = Subject(
+        run.config, run.source.spec, backend, run.engine.model.compute_dtype, type(backend).probe().devices
+    )
+    try:
+        layout = subject.check(1)
+    except ConfigError as error:
+        return str(error)
+    return estimate(subject, layout, 0, PlannedStep.of(run.config, layout))
+
+
+def expectation_line(expected: Estimate | str) -> str:
+    """For the run's plan."""
+    if isinstance(expected, str):
+        return f"not estimated: {expected}"
+    step = expected.step
+    return (
+        f"{size(expected.peak)} at the peak of a step, of {step.micro_tokens:,} tokens a micro-batch, all of them full"
+    )
+
+
+def outcome_line(run: Run, expected: Estimate, done_before: int) -> str | None:
+    """How far the estimate was off the most that the steps after `done_before` took; None where none was recorded."""
+    if run.hardware.backend.device_type == HOST:
+        return f"memory: {size(expected.peak)} estimated; measured is nothing, as the host knows only whole processes"
+    rows = read_metrics(run.config.output)
+    measured = 2**20 * max((row["memory"] for row in rows if row["step"] > done_before), default=0)
+    if not measured:
+        return None
+    off = 100 * (expected.peak / measured - 1)
+    return (
+        f"memory: {size(measured)} at the peak, {size(expected.peak)} estimated for full micro-batches ({off:+.1f} %)"
+    )
