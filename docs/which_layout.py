@@ -63,6 +63,11 @@ class Row:
         subject = Subject.of(config, Registry.discover())
         return make_plan(subject, self.devices, 0, memory=int(USABLE * self.memory))
 
+    def subject_cells(self) -> tuple[str, str, str, str]:
+        """What is planned, as the table shows it."""
+        settings = " ".join(f"`{setting}`" for setting in self.settings)
+        return self.language, str(self.stage), f"{self.devices} × {self.memory // GB} GB", settings
+
     def cells(self, plan: Plan) -> tuple[str, ...]:
         """As the table shows them."""
         assert plan.fit is not None
@@ -70,10 +75,7 @@ class Row:
         standing = sum(largest[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER))
         more = " or more" if plan.fit.is_limit else ""
         fits = f"{tokens:,} tokens{more}" if tokens else "none"
-        settings = " ".join(f"`{setting}`" for setting in self.settings)
-        devices = f"{self.devices} × {self.memory // GB} GB"
-        sizes = gigabytes(standing), fits, gigabytes(plan.fit.peak)
-        return self.language, str(self.stage), devices, settings, *sizes
+        return *self.subject_cells(), gigabytes(standing), fits, gigabytes(plan.fit.peak)
 
 
 STAGE_1, STAGE_2 = "llava15-7b-pretrain", "llava15-7b-sft"

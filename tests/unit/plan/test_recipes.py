@@ -1,0 +1,42 @@
+"""Every recipe can be planned on a model of the size it is for: its layout divides it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llava_core.config import recipe_names
+from llava_core.plan.planning import make_plan
+from llava_core.plan.subject import Subject, planned_config
+from llava_core.plugins import Registry
+
+MODELS = Path(__file__).resolve().parents[2] / "models"
+CLIP = f"model.vision={MODELS / 'clip-vit-large-patch14-336'}"
+
+SUBJECTS: dict[str, tuple[str, int]] = {
+    "llava15-7b-pretrain": ("vicuna-7b-v1.5", 8),
+    "llava15-7b-sft": ("vicuna-7b-v1.5", 8),
+    "llava-internlm2-20b-pretrain": ("internlm2-chat-20b", 8),
+    "llava-mistral-7b-pretrain": ("mistral-7b-instruct-v0.2", 8),
+    "llama31-8b-sft": ("llama-3.1-8b", 8),
+    "llama31-8b-pretrain": ("llama-3.1-8b", 8),
+}
+"""The language model of each, and the processes."""
+
+
+def test_every_recipe_is_planned_here() -> None:
+    assert set(recipe_names()) <= set(SUBJECTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_is_planned(recipe: str) -> None:
+    language, size = SUBJECTS[recipe]
+    folder = MODELS / language
+    model = (f"model.path={folder}",) if recipe.startswith("llama31") else (CLIP, f"model.language={folder}")
+    config = planned_config(recipe, (*model, "backend.name=cuda"), {})
+    plan = make_plan(Subject.of(config, Registry.discover()), size, 0)
+    assert plan.estimate.layout.world_size == size
+    # More than the weights' share, and all of it told apart.
+    assert plan.estimate.largest["weights"] < plan.estimate.peak == sum(plan.estimate.memory_at_peak.values())
