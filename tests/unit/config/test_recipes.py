@@ -67,7 +67,7 @@ def test_internlm2_20b() -> None:
     text_length = 2048 - (336 // 14) ** 2
     assert data.max_length == text_length - 1 + (336 // 14) ** 2  # one of XTuner's text tokens stands for the image
     assert (data.template, data.image_aspect, data.order) == ("internlm2", "square", "shuffled")
-    assert (config.checkpoint.every_steps, config.checkpoint.keep, config.parallel.data) == (500, 2, "grad")
+    assert (config.checkpoint.every_steps, config.checkpoint.keep, config.parallel.data) == (500, 2, "full")
 
 
 @pytest.mark.parametrize("name", ["llama31-8b-pretrain", "llama31-8b-sft"])
