@@ -1,4 +1,4 @@
-"""What each memory-saving setting saves, and what it costs: python benchmarks/memory.py [--backend NAME]
+"""What each memory-saving setting saves, and what it costs: python benchmarks/memory.py [--backend NAME …]
 
 A LLaVA of the shape of the 7B in small (eight decoder layers of 512, 577 visual positions) learns in stage 2 from one
 packed micro-batch. In MiB: `state` is what lasts, weights and the optimizer's state; `kept` is what a forward pass adds
@@ -45,7 +45,7 @@ from llava_core.weights.source import from_folder
 
 TRAINABLE = frozenset({"projector", "language"})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LAYERS, ROUNDS, MIB = 8, 3, 1 << 20
+ROUNDS, MIB = 3, 1 << 20
 
 
 @dataclass
@@ -62,27 +62,32 @@ class Contender:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default=HOST)
+    parser.add_argument("--layers", type=int, default=8, help="of the decoder; a simulator takes its time")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"of a step; at most {SAMPLES}")
+    parser.add_argument("--precision", choices=DTYPES, nargs="+", default=list(DTYPES))
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    hardware = open_hardware(parser.parse_args().backend, Registry.discover(), threads=1)
-    batch = build_batch(make_samples("stage 2"), pad_id=0, image_size=336)
-    table = Table(title=f"a step of {SAMPLES} samples, {batch.counts.tokens:,} tokens, on {hardware.device_name}")
+    hardware = open_hardware(options.backend, Registry.discover(), threads=1)
+    batch = build_batch(make_samples("stage 2")[: options.samples], pad_id=0, image_size=336)
+    table = Table(
+        title=f"a step of {options.samples} samples, {batch.counts.tokens:,} tokens, on {hardware.device_name}"
+    )
     for column in ("precision", "setting", "state", "kept", "peak", "peak of none", "CPU seconds of none"):
         table.add_column(column)
     group_of_one = hardware.device.type != HOST
     with TemporaryDirectory() as folder, Processes().joined(hardware, timedelta(minutes=5), group_of_one=group_of_one):
         config = benchmark_config()
-        config.text_config.num_hidden_layers = LAYERS
+        config.text_config.num_hidden_layers = options.layers
         save_folder(tiny_model(config), Path(folder))
-        for precision, dtype in DTYPES.items():
-            if dtype in hardware.backend.precision.compute:
-                for row in compare(Path(folder), dtype, hardware, batch):
-                    table.add_row(precision, *row)
+        for precision in options.precision:
+            for row in compare(Path(folder), DTYPES[precision], hardware, batch):
+                table.add_row(precision, *row)
     Console(width=120).print(table)
 
 
-def settings(hardware: Hardware) -> dict[str, tuple[Keeping, bool]]:
+def settings(hardware: Hardware, half: int) -> dict[str, tuple[Keeping, bool]]:
     """By what a user writes: what layers keep, and whether weights are kept on the host."""
-    found = {name: (keeping, False) for name, keeping in keepings(hardware).items()}
+    found = {name: (keeping, False) for name, keeping in keepings(hardware, half).items()}
     if hardware.device.type == HOST:
         return found
     everything = "parallel.offload, offload_activations, recompute=full"
@@ -92,12 +97,12 @@ def settings(hardware: Hardware) -> dict[str, tuple[Keeping, bool]]:
     }
 
 
-def keepings(hardware: Hardware) -> dict[str, Keeping]:
+def keepings(hardware: Hardware, half: int) -> dict[str, Keeping]:
     """By what a user writes under `train`."""
     found = {
         "none": Keeping(),
         "recompute=selective": Keeping("selective"),
-        f"recompute=full, recompute_layers={LAYERS // 2}": Keeping("full", LAYERS // 2),
+        f"recompute=full, recompute_layers={half}": Keeping("full", half),
         "recompute=full": Keeping("full"),
     }
     if hardware.device.type == HOST:
@@ -112,8 +117,8 @@ def keepings(hardware: Hardware) -> dict[str, Keeping]:
 
 def compare(folder: Path, dtype: torch.dtype, hardware: Hardware, batch: Batch) -> list[tuple[str, ...]]:
     """A row for each setting."""
-    contenders = []
-    for name, (keeping, offload) in settings(hardware).items():
+    contenders, half = [], from_folder(folder).spec.text.num_layers // 2
+    for name, (keeping, offload) in settings(hardware, half).items():
         contender = Contender(name, build_engine(folder, dtype, hardware, keeping, offload))
         contender.engine.step([batch], 1.0)  # makes the optimizer's state
         contender.kept, contender.peak = measure(contender.engine, batch)
