@@ -16,6 +16,9 @@ from llava_core.testing.conformance.subject import HOST, Subject, dtype_name
 BLOCK = 64 << 20
 """Bytes: far above what allocators round to, far below what any device has."""
 
+MEMORY_ATTEMPTS = 3
+"""Where the device is the host, its system may take pages back at any time, and more than a block of them."""
+
 OPTIMIZER_STEPS = 5
 OPTIMIZER_TOLERANCE = 1e-4
 """Of the largest change of a weight, for AdamW in fp32 against float64. Each step rounds weights of up to 3 by 1e-7 and
@@ -105,15 +108,13 @@ def _check_round_trip(subject: Subject) -> str:
     return ", ".join(sorted(kept))
 
 
-def _check_memory(subject: Subject) -> str:
-    device, memory = subject.device, subject.backend.memory
-    total = memory.total_bytes()
-    if total == 0 and device.type == HOST.type:
-        raise CheckSkipped("this system does not say how much memory there is")
+def _memory_problem(subject: Subject) -> str | None:
+    """What is wrong with the peak when a block comes and goes."""
+    memory = subject.backend.memory
     subject.backend.synchronize()
     memory.reset_peak()
     before = memory.peak_bytes()
-    block = torch.ones(BLOCK, dtype=torch.uint8, device=device)
+    block = torch.ones(BLOCK, dtype=torch.uint8, device=subject.device)
     subject.backend.synchronize()
     rise = memory.peak_bytes() - before
     del block
@@ -121,9 +122,23 @@ def _check_memory(subject: Subject) -> str:
     left = memory.peak_bytes() - before
     # Other threads of the process may allocate or free meanwhile: half a block either way.
     if not BLOCK / 2 <= rise <= BLOCK * 3 / 2:
-        raise CheckFailed(f"{BLOCK} bytes were allocated, and the peak rose by {rise}")
+        return f"{BLOCK} bytes were allocated, and the peak rose by {rise}"
     if left > BLOCK / 2:
-        raise CheckFailed(f"{BLOCK} bytes were freed and the peak reset, and it is still {left} above the start")
+        return f"{BLOCK} bytes were freed and the peak reset, and it is still {left} above the start"
+    return None
+
+
+def _check_memory(subject: Subject) -> str:
+    device, memory = subject.device, subject.backend.memory
+    total = memory.total_bytes()
+    if total == 0 and device.type == HOST.type:
+        raise CheckSkipped("this system does not say how much memory there is")
+    for _ in range(MEMORY_ATTEMPTS):
+        problem = _memory_problem(subject)
+        if problem is None:
+            break
+    if problem is not None:
+        raise CheckFailed(problem)
     if not memory.peak_bytes() <= total:
         raise CheckFailed(f"the peak of {memory.peak_bytes()} bytes is above the total of {total}")
     return f"{total / 2**30:.1f} GiB in total"
