@@ -242,6 +242,12 @@ class CheckpointConfig(Section):
     keep: PositiveInt | None = Field(2, description="how many to keep; null keeps all")
     resume: bool = Field(True, description="go on from the newest complete checkpoint in the output folder")
 
+    @model_validator(mode="after")
+    def _saves_while_training(self) -> CheckpointConfig:
+        if self.asynchronous and self.every_steps is None:
+            raise ValueError("asynchronous saves during the training: set every_steps, too, or leave it out")
+        return self
+
 
 class LogConfig(Section):
     """What a run shows and writes."""

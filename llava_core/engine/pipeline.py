@@ -97,7 +97,7 @@ class Pipeline:
             holder, known = holders[name]
             weight = torch.empty(known.shape, dtype=known.dtype, device=self._device)
             if holder == place:
-                weight = whole_tensor(own[name]).contiguous()
+                weight = whole_tensor(own[name]).to(self._device).contiguous()  # it may be kept on the host
             distributed.broadcast(weight, group=self._mesh.devices.get_group("pp"), group_src=holder)
             yield weight
 

@@ -101,8 +101,9 @@ def estimate(subject: Subject, layout: Layout, rank: int, step: PlannedStep) -> 
             engine, kernels = weightless_engine(subject, mesh, simulation, step.micro_tokens)
             give_optimizer_state(engine, ledger)
             run_step(engine, simulation, on_device(batch, subject.spec, simulation), simulated)
-        trainable = subject.config.train.trainable
-        flops = step_flops(subject.spec, trainable, [batch]) * step.micro_batches * layout.data
+        config = subject.config
+        sample = planned_batch(subject.spec, replace(step, micro_samples=1, room=None))
+        flops = step_flops(subject.spec, config.train.trainable, [sample]) * config.batch.global_size
         named = (named for stage in engine.stages for named in stage.named_parameters())
         return Estimate(
             rank,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from llava_core.plan.kernels import FUSED
 from llava_core.plan.memory import KINDS
-from llava_core.plan.planning import Plan
+
+if TYPE_CHECKING:
+    from llava_core.plan.planning import Plan
 
 
 def print_plan(plan: Plan, console: Console, *, parameters: bool = False) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from llava_core.config import RunConfig
 from llava_core.data.batch import Batch, Example
-from llava_core.data.packing import build_batch
+from llava_core.data.loader import as_many
+from llava_core.data.packing import build_batch, lengthened
 from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
@@ -26,13 +27,17 @@ class PlannedStep:
         sample_tokens: text and image tokens of each sample.
         micro_samples: samples of a micro-batch.
         own_samples: of this process in a step.
+        sample_room: tokens that a micro-batch has for each sample where it is always as long as it may be.
+        room: tokens of every micro-batch then; None where it is as long as its samples.
         fill: how many micro-batches there are where so many would do.
     """
 
     sample_tokens: int
     micro_samples: int
     own_samples: int
-    fill: Callable[[int], int] = field(default=int, compare=False, repr=False)
+    sample_room: int = field(default=0, compare=False)
+    room: int | None = None
+    fill: Callable[[int], int] = field(default=as_many, compare=False, repr=False)
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, sample_tokens: int | None = None) -> PlannedStep:
@@ -59,11 +64,14 @@ class PlannedStep:
         chunk = batch.micro_size or 1
         own = -(-(batch.global_size // chunk) // layout.data) * chunk
         micro = min(micro, own)
-        return cls(length, micro, own, pipelined(config).get("num_batches", int))
+        asked = pipelined(config)
+        sample_room = length if batch.micro_size is None else longest
+        return cls(length, micro, own, sample_room, asked.get("num_tokens"), asked.get("num_batches", as_many))
 
     def with_micro_samples(self, micro_samples: int) -> PlannedStep:
         """The same samples in micro-batches of another size."""
-        return replace(self, micro_samples=micro_samples)
+        room = None if self.room is None else micro_samples * self.sample_room
+        return replace(self, micro_samples=micro_samples, room=room)
 
     @property
     def micro_batches(self) -> int:
@@ -72,8 +80,8 @@ class PlannedStep:
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.micro_samples * self.sample_tokens
+        """Tokens of a micro-batch, padding included."""
+        return self.room or self.micro_samples * self.sample_tokens
 
 
 def planned_batch(spec: ModelSpec, step: PlannedStep) -> Batch:
@@ -91,7 +99,8 @@ def planned_batch(spec: ModelSpec, step: PlannedStep) -> Batch:
         pixels=torch.zeros(1, 3, 1, 1) if has_image else None,
         visual_tokens=visual,
     )
-    return build_batch([example] * step.micro_samples, pad_id=0, image_size=1)
+    batch = build_batch([example] * step.micro_samples, pad_id=0, image_size=1)
+    return batch if step.room is None else lengthened(batch, step.room, pad_id=0)
 
 
 def on_device(batch: Batch, spec: ModelSpec, simulation: Simulation) -> Batch:

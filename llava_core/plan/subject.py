@@ -10,13 +10,21 @@ import torch
 
 from llava_core.backend import Backend, DeviceInfo
 from llava_core.config import RunConfig, build_config, merge
-from llava_core.engine.hardware import DTYPES, HOST, build_backend, choose_backend, compute_dtype, probe_backend
+from llava_core.engine.hardware import (
+    DTYPES,
+    HOST,
+    Hardware,
+    build_backend,
+    choose_backend,
+    compute_dtype,
+    probe_backend,
+)
 from llava_core.engine.layout import Layout
 from llava_core.engine.tensor import check_tensor
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
-from llava_core.train.checks import check_data_settings, check_recompute, check_shares, check_trainable
+from llava_core.train.checks import check_backend, check_data_settings, check_recompute, check_shares, check_trainable
 from llava_core.train.prepare import open_spec
 from llava_core.train.stages import pipeline_stages
 
@@ -56,7 +64,8 @@ class Subject:
         """The layout over so many processes.
 
         Raises:
-            LlavaError: a setting that the run would refuse.
+            LlavaError: a setting that the run would refuse, whatever its data; of a backend whose device is not here,
+                what it would refuse is not asked.
         """
         layout = Layout.of(self.config.parallel, world_size)
         check_shares(self.config, layout)
@@ -65,6 +74,8 @@ class Subject:
         check_data_settings(self.config, self.spec)
         check_tensor(self.spec, layout.tensor)
         pipeline_stages(self.config, self.spec)
+        if self.devices:
+            check_backend(self.config, Hardware(self.backend, torch.device(self.backend.device_type)))
         check_not_offloaded(self.config)
         return layout
 

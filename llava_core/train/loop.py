@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,7 +18,6 @@ from llava_core.data.loader import Step
 from llava_core.engine.processes import Processes
 from llava_core.engine.torch_engine import StepResult
 from llava_core.errors import ConfigError, LlavaError
-from llava_core.plan.estimate import Estimate
 from llava_core.plan.of_run import expect, expectation_line, outcome_line
 from llava_core.plugins import Registry
 from llava_core.train import report, resume
@@ -31,6 +31,9 @@ from llava_core.train.profiling import StepProfiler
 from llava_core.train.recording import recording
 from llava_core.train.saver import saving
 from llava_core.weights.export import export_model
+
+if TYPE_CHECKING:
+    from llava_core.plan.estimate import Estimate
 
 RANK_TIMEOUT = timedelta(minutes=30)
 """How long a process waits for another: one may write a checkpoint or read a large file while the others wait."""
@@ -79,7 +82,7 @@ def train_model(
         report.print_plan(run, console)
         expected = expect(run)
         console.print(f"memory: {expectation_line(expected)}", markup=False)
-        return train_prepared(run, registry, console, expected if isinstance(expected, Estimate) else None)
+        return train_prepared(run, registry, console, None if isinstance(expected, str) else expected)
 
 
 def train_prepared(run: Run, registry: Registry, console: Console, expected: Estimate | None = None) -> RunResult:

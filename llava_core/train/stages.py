@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
+from torch.distributed.pipelining import Schedule1F1B
 
 from llava_core.config import RunConfig
 from llava_core.data.batch import Batch, Counts
@@ -24,6 +26,11 @@ def pipeline_stages(config: RunConfig, spec: ModelSpec) -> tuple[Stage, ...]:
     parallel, num_layers = config.parallel, spec.text.num_layers
     if parallel.pipeline == 1:
         return (Stage.whole(spec.text),)
+    if "return_outputs" not in inspect.signature(Schedule1F1B.step).parameters:
+        raise ConfigError(
+            f"parallel.pipeline = {parallel.pipeline}: the pipelines of PyTorch {torch.__version__} lack what is "
+            "needed; install a newer one, such as 2.13, with which this was tested."
+        )
     if spec.text.tied_embeddings:
         raise ConfigError(
             f"parallel.pipeline = {parallel.pipeline}: this model's head is its embedding, which the first stage has "

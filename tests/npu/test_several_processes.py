@@ -77,9 +77,12 @@ def test_so_they_have_where_they_share_more(layout: str, alone: Path, parts: Tin
     assert_same_numbers(train(parts, tmp_path / "run", *TWO, layout), alone)
 
 
-def test_so_they_have_where_the_host_keeps_everything(alone: Path, parts: TinyParts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+def test_so_they_have_where_the_host_keeps_everything(
+    layout: str, alone: Path, parts: TinyParts, tmp_path: Path
+) -> None:
     kept = ("parallel.offload=true", "train.offload_activations=true", "train.recompute=selective")
-    assert_same_numbers(train(parts, tmp_path / "run", *TWO, "parallel.tensor=2", *kept), alone)
+    assert_same_numbers(train(parts, tmp_path / "run", *TWO, layout, *kept), alone)
 
 
 def test_weights_on_the_host_change_no_bit(spread: Path, parts: TinyParts, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ BLIND_EXCEPT_ALLOWED = {
     "llava_core/plugins/registry.py": "the plugin boundary: a broken plugin is named and takes no other down",
     "llava_core/backend/kernels.py": "the plugin boundary: a kernel whose import fails is rejected with that reason",
     "llava_core/engine/hardware.py": "the plugin boundary: a backend whose probe fails is unavailable for that reason",
+    "llava_core/plan/of_run.py": "the plugin boundary: a run whose step cannot be simulated says why, and starts",
     "llava_core/train/saver.py": "the thread boundary: what a save raises is raised again where the save is awaited",
     "llava_core/testing/conformance/check.py": "the vendor boundary: a check that crashes fails, with its traceback",
 }

@@ -40,12 +40,15 @@ def test_a_plan_needs_a_config_alone(capsys, model: Path, tmp_path: Path) -> Non
 
 
 def test_of_a_stage_the_whole_model_is_told_too(capsys, model: Path, tmp_path: Path) -> None:
-    parts = []
+    parts, flops = [], []
     for more in ((), ("parallel.pipeline=2", "--nproc", "2", "--rank", "1")):
         done = run(capsys, *arguments(model, "--json", tmp_path / "plan.json", *more))
         assert done.code == 0, done.err
-        parts.append(json.loads((tmp_path / "plan.json").read_text())["parts"])
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        parts.append(plan["parts"])
+        flops.append(plan["step"]["flops"])
     whole, of_last = parts
+    assert flops[0] == flops[1]
     assert [part["parameters"] for part in of_last] == [part["parameters"] for part in whole]
     vision, projector, language = of_last
     assert (vision["parameters_here"], projector["parameters_here"]) == (0, 0)

@@ -52,6 +52,7 @@ def test_recompute_takes_a_word(file: Path) -> None:
 
 def test_a_number_of_layers_needs_something_to_recompute(file: Path) -> None:
     assert "set recompute to selective or full, too" in problem(file, "train.recompute_layers=2")
+    assert "set every_steps, too, or leave it out" in problem(file, "checkpoint.asynchronous=true")
 
 
 @pytest.mark.parametrize(
