@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_core.data.conversation import Conversation, Span, Template, join_spans
 from llava_core.data.records import Turn
@@ -38,6 +38,11 @@ class TextTemplate(Template):
 
     def _prompt_spans(self, turns: Sequence[Turn]) -> list[Span]:
         return self._spans(turns)
+
+
+def with_marks_as_text(document: Conversation) -> Conversation:
+    """A document that brings no images: `<image>` in it is a word as any other."""
+    return replace(document, pieces=(Span(document.text, True),))
 
 
 TEXT = TextTemplate()

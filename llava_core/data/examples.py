@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_core.data.batch import Example
 from llava_core.data.conversation import check_image_count
+from llava_core.data.documents import with_marks_as_text
 from llava_core.data.images import ImageProcessor
-from llava_core.data.overlong import Encoded, Overlong, fit
-from llava_core.data.readers import Content
+from llava_core.data.overlong import Encoded, Overlong, fit_each
 from llava_core.data.readers.index import IntArray
 from llava_core.data.records import EmbeddedImage, Record, Row, TokenRow
 from llava_core.data.sources import Place, Source, Sources
@@ -54,7 +54,7 @@ class ExampleBuilder:
 
     Attributes:
         vocab_size: rows of the model's embedding: token ids of data that was tokenised elsewhere stay below.
-        overlong: what becomes of a row of more than `max_length` tokens, by what its source holds.
+        overlong: what becomes of a row of more than `max_length` tokens; None for what its reader says is usual.
     """
 
     sources: Sources
@@ -63,7 +63,7 @@ class ExampleBuilder:
     pad_id: int
     vocab_size: int
     max_length: int
-    overlong: Mapping[Content, Overlong]
+    overlong: Overlong | None
 
     def build(self, place: Place, row: Row) -> Built:
         """The examples of one row.
@@ -74,8 +74,8 @@ class ExampleBuilder:
         source = self.sources.sources[place.source]
         wholes = self._encode_ids(row) if isinstance(row, TokenRow) else [self._encode_text(source, row)]
         visual_tokens = self.images.visual_tokens if self.images else 1
-        overlong = self.overlong[source.reader.content]
-        pieces = [piece for whole in wholes for piece in fit(whole, visual_tokens, self.max_length, overlong)]
+        overlong = self.overlong or source.reader.usual_overlong
+        pieces = fit_each(wholes, visual_tokens, self.max_length, overlong)
         images = row.images if isinstance(row, Record) else ()
         return Built(
             examples=tuple(
@@ -97,6 +97,8 @@ class ExampleBuilder:
             raise BadRow("unexpected_image", "the row has an image, and the model has no vision tower.")
         assert source.template is not None  # of a source of text
         conversation = source.template.render(record.turns)
+        if source.reader.content == "texts" and not record.images:
+            conversation = with_marks_as_text(conversation)
         check_image_count(conversation, len(record.images))
         visual_tokens = self.images.visual_tokens if self.images else 1
         return encode_whole(conversation, self.tokenizer, visual_tokens=visual_tokens, pad_id=self.pad_id)

@@ -84,7 +84,11 @@ class ImageStore:
     def _locate(self, relative: str) -> Path:
         """The real path of a file in the folder; every link followed, so that what is inside cannot lead out."""
         if self.root is None:
-            raise BadRow("unexpected_image", f"the row has the image {relative!r}, and no image folder is given")
+            raise BadRow(
+                "unexpected_image",
+                f"the row has the image {relative!r}, and no image folder is given: "
+                "set data.images, or the source's images",
+            )
         try:
             path = Path(os.path.realpath(self.root / relative))
         except ValueError as error:  # a NUL, or half of a surrogate pair

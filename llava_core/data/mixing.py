@@ -16,8 +16,9 @@ class Mixture:
     """The rows of each epoch, as many as the sources have together.
 
     Without weights each row of each source is taken once. With them, each source has its share of an epoch: a row of a
-    small source may be taken several times, and a large one takes several epochs to be seen whole. A source goes
-    through all its rows before it takes one again, from one epoch into the next.
+    small source may be taken several times, and a large one takes several epochs to be seen whole. After each epoch
+    every row of a source was taken as often as any other, or once more; within an epoch that takes the last rows of
+    one pass and the first of the next, the order decides which come first.
 
     Args:
         lengths: of each source, in rows.

@@ -42,8 +42,9 @@ class Encoded:
         """The part of these tokens, which no image reaches out of."""
         inside = [i for i, image_start in enumerate(self.image_starts) if start <= image_start < end]
         return Encoded(
-            self.tokens[start:end],
-            self.supervised[start:end],
+            # Copies: a view would be pickled with all of the row.
+            self.tokens[start:end].clone(),
+            self.supervised[start:end].clone(),
             tuple(self.image_starts[i] - start for i in inside),
             inside[0] if inside else 0,
         )
@@ -69,8 +70,28 @@ def fit(whole: Encoded, visual_tokens: int, max_length: int, overlong: Overlong)
     pieces = [whole.between(start, end) for start, end in _pieces(whole, visual_tokens, max_length)]
     kept = tuple(piece for piece in pieces if piece.has_target)
     if not kept:
-        raise BadRow("no_supervised_token", f"of {whole.length} tokens none is an answer's")
+        raise BadRow(
+            "no_supervised_token", f"of {whole.length} tokens none is an answer's: give the row an answer, or remove it"
+        )
     return kept
+
+
+def fit_each(wholes: Sequence[Encoded], visual_tokens: int, max_length: int, overlong: Overlong) -> tuple[Encoded, ...]:
+    """What `fit` makes of each of a row's sequences. One that cannot be used is no fault of the others.
+
+    Raises:
+        BadRow: as `fit`, of the first that is refused, if nothing is left of the row.
+    """
+    kept: list[Encoded] = []
+    refused: BadRow | None = None
+    for whole in wholes:
+        try:
+            kept += fit(whole, visual_tokens, max_length, overlong)
+        except BadRow as bad:
+            refused = refused or bad
+    if refused and not kept:
+        raise refused
+    return tuple(kept)
 
 
 def truncated(whole: Encoded, visual_tokens: int, max_length: int) -> Encoded:

@@ -22,18 +22,21 @@ def pack_samples(lengths: Sequence[int], budget: int) -> list[list[int]]:
         BadRow: a sample is longer than the budget.
     """
     packs: list[list[int]] = []
-    room: list[int] = []
+    room: dict[int, int] = {}  # of the micro-batches that the shortest sample still fits
+    shortest = min(lengths, default=0)
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if length > budget:
             raise BadRow("too_long", f"{length} tokens do not fit a micro-batch of {budget} (batch.micro_tokens).")
-        slot = next((s for s, free in enumerate(room) if free >= length), None)
+        slot = next((s for s, free in room.items() if free >= length), None)
         if slot is None:
+            slot = len(packs)
             packs.append([])
-            room.append(budget)
-            slot = len(packs) - 1
+            room[slot] = budget
         packs[slot].append(index)
         room[slot] -= length
+        if room[slot] < shortest:
+            del room[slot]
     return sorted((sorted(pack) for pack in packs), key=lambda pack: pack[0])
 
 

@@ -58,13 +58,13 @@ class PieceTemplate(Template):
         return self.assistant[: next(i for i, piece in enumerate(self.assistant) if MESSAGE in piece.text)]
 
     def _spans(self, turns: Sequence[Turn]) -> list[Span]:
-        if self.needs_question and not turns[0].text:
+        texts = [turn.text.strip() if self.strip else turn.text for turn in turns]
+        if self.needs_question and not texts[0]:
             raise BadRow("empty_turn", f"`{self.name}` needs words or an image in the first question")
         spans = list(self.start)
-        for index, turn in enumerate(turns):
+        for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
             human = self.human if index else self.first_human
             pieces = human if turn.role == "human" else self.assistant
-            text = turn.text.strip() if self.strip else turn.text
             spans += [Span(p.text.replace(MESSAGE, text), p.trainable) for p in pieces if text or MESSAGE not in p.text]
         return spans
 

@@ -13,6 +13,8 @@ from llava_core.errors import BadRow
 
 IMAGE_MARK = "<image>"
 
+IMAGE_KEYS = ("image", "images")
+
 Role = Literal["human", "assistant"]
 
 ROLES: Mapping[object, Role] = {"human": "human", "user": "human", "gpt": "assistant", "assistant": "assistant"}
@@ -95,7 +97,7 @@ def parse_record(row: object, index: int) -> Record:
         id=parse_id(fields, index),
         index=index,
         turns=parse_turns(fields.get("conversations"), index, "conversations", ROLES),
-        images=_parse_images(fields.get("image"), index),
+        images=_parse_paths(fields.get("image"), index),
     )
 
 
@@ -157,7 +159,36 @@ def modality_length(row: Row) -> int:
     return word_length(row) if row.images else -word_length(row)
 
 
-def _parse_images(value: object, index: int) -> tuple[str, ...]:
+def parse_images(row: Mapping[str, object], index: int) -> tuple[str | EmbeddedImage, ...]:
+    """The images of a row, of `image` and `images`: a path, the bytes of a file, both of them, or lists of these.
+
+    Both are an object with `bytes` and `path`, as the Hugging Face hub has them; one of nulls is no image.
+
+    Raises:
+        BadRow: `malformed_row`, naming the key.
+    """
+    found = []
+    for key in IMAGE_KEYS:
+        value = row.get(key)
+        for number, image in enumerate(value if isinstance(value, list) else [value]):
+            nulls = isinstance(image, dict) and image.get("path") is None and image.get("bytes") is None
+            if image is not None and not nulls:
+                found.append(_parse_image(image, index, f"{key}[{number}]"))
+    return tuple(found)
+
+
+def _parse_image(image: object, index: int, where: str) -> str | EmbeddedImage:
+    path = image.get("path") if isinstance(image, dict) else image
+    data = image.get("bytes") if isinstance(image, dict) else image
+    name = parse_text(path, index, where) if isinstance(path, str) else ""
+    if isinstance(data, bytes):
+        return EmbeddedImage(name or f"row {index}, {where}", data)
+    if not name:
+        raise malformed(index, where, image, "the bytes of an image, or its path")
+    return name
+
+
+def _parse_paths(value: object, index: int) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, list):

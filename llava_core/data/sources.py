@@ -21,13 +21,11 @@ class Source:
     Attributes:
         template: None where the rows are token ids.
         images: where the rows' images are found; None where the model sees none.
-        weight: see `mixing.Mixture`.
     """
 
     reader: Reader
     template: Template | None
     images: ImageStore | None = None
-    weight: float | None = None
 
 
 class Place(NamedTuple):
@@ -48,7 +46,12 @@ class Sources:
         self.sources = tuple(sources)
         self.lengths = tuple(len(source.reader) for source in sources)
         if not all(self.lengths):
-            raise DataError(f"source {self.lengths.index(0)} of the data has no rows.")
+            number = self.lengths.index(0)
+            path = self.sources[number].reader.fingerprint.get("path", "")
+            raise DataError(
+                f"source {number} of the data, {path}, has no rows; check that it is the file you mean and was written "
+                "to its end"
+            )
         self._starts = [0, *accumulate(self.lengths)]
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,8 @@ from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import Batching, StepLoader
 from llava_core.data.mixing import Mixture
-from llava_core.data.overlong import Overlong
 from llava_core.data.quarantine import Quarantine
-from llava_core.data.readers import Content, Reader, open_reader, reader_name
+from llava_core.data.readers import Reader, open_reader, reader_name, unknown_suffix
 from llava_core.data.readers.index import IntArray
 from llava_core.data.records import modality_length
 from llava_core.data.sampler import Grouping, epoch_order
@@ -38,10 +37,6 @@ from llava_core.weights.tokenizer import pad_token_id
 
 INDEX_FOLDER = "index"
 """Where in the output folder the indices of large data sets are kept."""
-
-USUAL_OVERLONG: Mapping[Content, Overlong] = {"conversations": "truncate", "texts": "split", "tokens": "split"}
-"""What becomes of a long row where nothing is said: the end of a document is worth as much as its start, and the end of
-a conversation little without it."""
 
 
 def open_readers(config: RunConfig, registry: Registry, processes: Processes) -> tuple[Reader, ...]:
@@ -100,7 +95,7 @@ def build_loader(
         pad_id=pad_id,
         vocab_size=spec.text.vocab_size,
         max_length=data.max_length,
-        overlong={content: data.overlong or usual for content, usual in USUAL_OVERLONG.items()},
+        overlong=data.overlong,
     )
     batching = Batching(
         global_size=config.batch.global_size,
@@ -148,8 +143,9 @@ def _open_readers(config: RunConfig, registry: Registry) -> tuple[Reader, ...]:
 
 def _open_reader(given: SourceConfig, registry: Registry, index_folder: Path) -> Reader:
     name = given.reader or reader_name(given.path)
-    names = [name] if name is not None else registry.names("reader")  # without a name its message lists them
-    factories = {name: registry.load("reader", name) for name in names}
+    if name is None:
+        raise unknown_suffix(given.path, registry.names("reader"))
+    factories = {name: registry.load("reader", name)}
     return open_reader(given.path, name, factories, split=given.split, index_folder=index_folder)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from llava_core.data.overlong import Overlong
 from llava_core.data.records import Row
 from llava_core.errors import ConfigError
 
@@ -32,6 +33,12 @@ class Reader(Protocol):
 
     @property
     def content(self) -> Content: ...
+
+    @property
+    def usual_overlong(self) -> Overlong:
+        """What becomes of a row that is too long where nothing is said: the end of a document is worth as much as its
+        start, and the end of a conversation little without it."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -77,6 +84,14 @@ def names_a_pair(path: Path) -> bool:
     return not path.exists() and prefixed(path, ".idx").exists()
 
 
+def unknown_suffix(path: Path, names: Iterable[str]) -> ConfigError:
+    """The error for a file that no reader is chosen for; `names` are those that there are."""
+    return ConfigError(
+        f"no reader is known for {path}: its suffix is {path.suffix!r}, known are {', '.join(SUFFIX_READERS)}; "
+        f"name the reader, one of {', '.join(sorted(names))}"
+    )
+
+
 def open_reader(
     path: Path,
     name: str | None,
@@ -93,10 +108,7 @@ def open_reader(
     """
     name = name or reader_name(path)
     if name is None:
-        raise ConfigError(
-            f"no reader is known for {path}: its suffix is {path.suffix!r}, known are {', '.join(SUFFIX_READERS)}; "
-            f"name the reader, one of {', '.join(sorted(registry))}"
-        )
+        raise unknown_suffix(path, registry)
     if name not in registry:
         raise ConfigError(f"there is no reader {name!r}; there are {', '.join(sorted(registry)) or 'none'}")
     factory = registry[name]

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content
 from llava_core.data.readers.tar_samples import TarSample, TarSamples
 from llava_core.data.readers.webdataset import (
@@ -54,12 +55,14 @@ class EnergonReader:
     """
 
     content: Content = "conversations"
+    usual_overlong: Overlong = "truncate"
 
     def __init__(self, path: Path, *, split: str | None = None, index_folder: Path | None = None) -> None:
         self.path, self.split = path, split or USUAL_SPLIT
         self._kind, self._fields = _read_kind(path)
         shards, excluded = _read_split(path, self.split)
-        self._samples = TarSamples([path / shard for shard in shards], shards, index_folder, excluded)
+        left_out = [name for names in excluded.values() for name in names]
+        self._samples = TarSamples([path / shard for shard in shards], shards, index_folder, left_out)
         self._check_counts(excluded)
 
     def __len__(self) -> int:
@@ -132,14 +135,13 @@ class EnergonReader:
                 raise malformed(index, f"{sample.key}.{suffix}", value, f"something at [{key}], for {field}") from error
         return value
 
-    def _check_counts(self, excluded: Sequence[str]) -> None:
+    def _check_counts(self, excluded: Mapping[str, Sequence[str]]) -> None:
         counted = _read_yaml(self.path, ".info.json", ".info.yaml").get("shard_counts")
         if not isinstance(counted, dict):
             raise DataError(f"{self.path / META_FOLDER}: the .info file has no shard_counts: run energon prepare again")
         for shard, found in zip(self._samples.names, self._samples.counts(), strict=True):
             expected = counted.get(shard)
-            left_out = sum(name.startswith(f"{shard}/") for name in set(excluded))
-            if expected is None or not found <= expected <= found + left_out:
+            if expected is None or not found <= expected <= found + len(excluded[shard]):
                 raise DataError(
                     f"{self.path / shard} has {found} samples that are not excluded, and {expected} when it was "
                     "prepared: copy it again, or run energon prepare again if it was made anew"
@@ -196,18 +198,24 @@ def _access(where: Path, option: str) -> list[str]:
     return [found[1].lower(), *(key for key in found[2].strip("[]").split("][") if key)]
 
 
-def _read_split(path: Path, split: str) -> tuple[list[str], list[str]]:
-    """The shards of a split, and what is excluded of them."""
+def _read_split(path: Path, split: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The shards of a split, and for each the samples that are excluded of it, as `<shard>/<key>`."""
     found = _read_yaml(path, "split.yaml", "split.json")
     parts = found.get("split_parts")
     if not isinstance(parts, dict) or split not in parts:
         known = ", ".join(map(str, parts)) if isinstance(parts, dict) else "none"
         raise DataError(f"{path} has no split {split!r}; there are: {known}. Set split to one of them")
-    excluded = [name for given in found.get("exclude") or [] for name in expand_braces(str(given))]
+    excluded = dict.fromkeys(name for given in found.get("exclude") or [] for name in expand_braces(str(given)))
     shards = [name for given in parts[split] or [] for name in expand_braces(str(given)) if name not in excluded]
     if not shards:
         raise DataError(f"the split {split!r} of {path} has no shards")
-    return shards, [name for name in excluded if any(name.startswith(f"{shard}/") for shard in shards)]
+    by_shard: dict[str, list[str]] = {shard: [] for shard in shards}
+    for name in excluded:
+        slashes = [position for position, character in enumerate(name) if character == "/"]
+        shard = next((name[:position] for position in slashes if name[:position] in by_shard), None)
+        if shard is not None:
+            by_shard[shard].append(name)
+    return shards, by_shard
 
 
 def _read_yaml(path: Path, *names: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content
 from llava_core.data.readers.json_rows import JsonRows, json_index
 from llava_core.data.records import (
@@ -14,6 +15,7 @@ from llava_core.data.records import (
     Turn,
     malformed,
     parse_id,
+    parse_images,
     parse_object,
     parse_text,
     parse_turns,
@@ -32,6 +34,7 @@ class AlpacaReader(JsonRows):
     """
 
     content: Content = "conversations"
+    usual_overlong: Overlong = "truncate"
 
     def __init__(self, path: Path, *, index_folder: Path | None = None) -> None:
         super().__init__(path, json_index(path, index_folder), parse_alpaca)
@@ -45,6 +48,7 @@ class ShareGptReader(JsonRows):
     """
 
     content: Content = "conversations"
+    usual_overlong: Overlong = "truncate"
 
     def __init__(self, path: Path, *, index_folder: Path | None = None) -> None:
         super().__init__(path, json_index(path, index_folder), parse_sharegpt)
@@ -66,7 +70,7 @@ def parse_alpaca(row: object, index: int) -> Record:
         raise _system_message(index)
     turns = _history(fields.get("history") or [], index)
     turns += [Turn("human", question), Turn("assistant", parse_text(fields.get("output"), index, "output"))]
-    return Record(parse_id(fields, index), index, tuple(turns))
+    return Record(parse_id(fields, index), index, tuple(turns), parse_images(fields, index))
 
 
 def parse_sharegpt(row: object, index: int) -> Record:
@@ -81,11 +85,11 @@ def parse_sharegpt(row: object, index: int) -> Record:
     else:
         key, sender, text = "conversations", "from", "value"
     turns = fields.get(key)
-    if isinstance(turns, list) and any(isinstance(turn, dict) and turn.get(sender) == SYSTEM_ROLE for turn in turns):
+    in_turns = isinstance(turns, list) and any(isinstance(t, dict) and t.get(sender) == SYSTEM_ROLE for t in turns)
+    if in_turns or fields.get(SYSTEM_ROLE):
         raise _system_message(index)
-    return Record(
-        parse_id(fields, index), index, parse_turns(turns, index, key, SHAREGPT_ROLES, sender=sender, text=text)
-    )
+    parsed = parse_turns(turns, index, key, SHAREGPT_ROLES, sender=sender, text=text)
+    return Record(parse_id(fields, index), index, parsed, parse_images(fields, index))
 
 
 def _history(pairs: object, index: int) -> list[Turn]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content
 from llava_core.data.readers.json_rows import JsonRows, json_index
 from llava_core.data.records import parse_record
@@ -17,6 +18,7 @@ class LlavaJsonReader(JsonRows):
     """
 
     content: Content = "conversations"
+    usual_overlong: Overlong = "truncate"
 
     def __init__(self, path: Path, *, index_folder: Path | None = None) -> None:
         super().__init__(path, json_index(path, index_folder, lines=False), parse_record)
@@ -30,6 +32,7 @@ class LlavaJsonlReader(JsonRows):
     """
 
     content: Content = "conversations"
+    usual_overlong: Overlong = "truncate"
 
     def __init__(self, path: Path, *, index_folder: Path | None = None) -> None:
         super().__init__(path, json_index(path, index_folder, lines=True), parse_record)

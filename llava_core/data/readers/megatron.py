@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content, prefixed
 from llava_core.data.readers.index import IntArray, open_data
 from llava_core.data.readers.json_rows import MAX_ROW_BYTES
@@ -40,6 +41,7 @@ class MegatronReader:
     """
 
     content: Content = "tokens"
+    usual_overlong: Overlong = "split"
 
     def __init__(self, path: Path) -> None:
         prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
@@ -120,6 +122,8 @@ class MegatronSftReader(MegatronReader):
     Raises:
         DataError: as `MegatronReader`, and for ids of a type that cannot be negative.
     """
+
+    usual_overlong: Overlong = "truncate"
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

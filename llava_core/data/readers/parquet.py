@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content
 from llava_core.data.readers.instructions import parse_alpaca, parse_sharegpt
 from llava_core.data.readers.text import parse_text_row
-from llava_core.data.records import EmbeddedImage, Record, malformed
+from llava_core.data.records import IMAGE_KEYS, Record
 from llava_core.errors import BadRow, ConfigError, DataError
 
 MAX_GROUP_BYTES = 1 << 30
 """Rows are read by the row group; a larger one would take each worker gigabytes."""
 
-IMAGE_COLUMNS = ("image", "images")
-OPTIONAL_COLUMNS = ("id", "input", "system", "history", *IMAGE_COLUMNS)
+OPTIONAL_COLUMNS = ("id", "input", "system", "history", *IMAGE_KEYS)
 
 
 class Form(NamedTuple):
@@ -28,13 +27,19 @@ class Form(NamedTuple):
     columns: tuple[str, ...]
     content: Content
     parse: Callable[[object, int], Record]
+    usual_overlong: Overlong
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        return (*self.columns, *OPTIONAL_COLUMNS)
 
 
 FORMS = (
-    Form(("conversations",), "conversations", parse_sharegpt),
-    Form(("messages",), "conversations", parse_sharegpt),
-    Form(("instruction", "output"), "conversations", parse_alpaca),
-    Form(("text",), "texts", parse_text_row),
+    Form(("conversations",), "conversations", parse_sharegpt, "truncate"),
+    Form(("messages",), "conversations", parse_sharegpt, "truncate"),
+    Form(("instruction", "output"), "conversations", parse_alpaca, "truncate"),
+    Form(("text",), "texts", parse_text_row, "split"),
 )
 
 
@@ -66,20 +71,22 @@ class ParquetReader:
             raise DataError(f"{path} holds no .parquet file; check that it is the folder you mean")
         self._groups: list[RowGroup] = []
         sizes: list[int] = []
-        columns = set()
-        for number, file in enumerate(self._files):
-            metadata = _open(file).metadata
-            columns.add(frozenset(metadata.schema.to_arrow_schema().names))
+        described, columns = [], set()
+        for number, opened in enumerate(map(_open, self._files)):
+            metadata = opened.metadata
+            described.append(metadata)
+            columns.add(frozenset(opened.schema_arrow.names))
             for group in range(metadata.num_row_groups):
                 self._groups.append(RowGroup(number, group))
                 sizes.append(metadata.row_group(group).num_rows)
-                _check_size(file, group, metadata.row_group(group).total_byte_size)
         self._starts = [0, *accumulate(sizes)]
         if not len(self):
             raise DataError(f"{path} holds no rows; check that it is the file you mean and was written to its end")
         if len(columns) > 1:
             raise DataError(f"the files of {path} differ in their columns: name those of one kind")
         self._form = _form(path, columns.pop())
+        for file, number in self._groups:
+            _check_size(self._files[file], described[file], number, self._form.wanted)
         self._num_bytes = [file.stat().st_size for file in self._files]
         self._last: tuple[int, Any] | None = None
 
@@ -94,19 +101,25 @@ class ParquetReader:
         return self._form.content
 
     @property
+    def usual_overlong(self) -> Overlong:
+        return self._form.usual_overlong
+
+    @property
     def fingerprint(self) -> Mapping[str, str | int]:
         """`path`, `num_bytes`, `num_rows` and `num_files`."""
         num_bytes, num_files = sum(self._num_bytes), len(self._files)
         return {"path": str(self.path), "num_bytes": num_bytes, "num_rows": len(self), "num_files": num_files}
 
     def read(self, index: int) -> Record:
-        """Row `index`. See `Reader.read`; reasons `broken_row_group` and those of the form's parser."""
+        """Row `index`. See `Reader.read`; reasons `broken_row_group`, `not_utf8` and those of the form's parser."""
         group = bisect_right(self._starts, index) - 1
         if self._last is None or self._last[0] != group:
             self._last = group, self._read_group(group, index)
-        (row,) = self._last[1].slice(index - self._starts[group], 1).to_pylist()
-        images = _parse_images(row, index)
-        return replace(self._form.parse(row, index), images=images)
+        try:
+            (row,) = self._last[1].slice(index - self._starts[group], 1).to_pylist()
+        except UnicodeDecodeError as error:
+            raise BadRow("not_utf8", f"row {index} of {self.path}: {error}") from error
+        return self._form.parse(row, index)
 
     def _read_group(self, group: int, index: int) -> Any:
         file, number = self._groups[group]
@@ -118,11 +131,10 @@ class ParquetReader:
                 f"{path} changed while in use: it had {self._num_bytes[file]} bytes and has {num_bytes}; "
                 "start again with files that nothing writes to"
             )
-        wanted = {*self._form.columns, *OPTIONAL_COLUMNS}
-        names = [name for name in opened.schema_arrow.names if name in wanted]
+        names = [name for name in opened.schema_arrow.names if name in self._form.wanted]
         try:
             return opened.read_row_group(number, columns=names, use_threads=False)
-        except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+        except _arrow_errors() as error:
             raise BadRow("broken_row_group", f"row {index}: row group {number} of {path}: {error}") from error
 
 
@@ -133,11 +145,24 @@ def _open(path: Path) -> Any:
         raise ConfigError(f"{path} needs pyarrow to be read: pip install 'llava-core[parquet]'") from error
     try:
         return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
+    except _arrow_errors() as error:
         raise DataError(f"{path} cannot be read as a parquet file: {error}; copy it again") from error
 
 
-def _check_size(path: Path, group: int, num_bytes: int) -> None:
+def _arrow_errors() -> tuple[type[Exception], ...]:
+    """What pyarrow raises on files that it cannot read."""
+    from pyarrow import ArrowException
+
+    return OSError, ValueError, ArrowException
+
+
+def _check_size(path: Path, metadata: Any, group: int, wanted: Collection[str]) -> None:
+    """Refuses a row group that is too large; the columns that are not read do not count."""
+    row_group = metadata.row_group(group)
+    columns = [row_group.column(number) for number in range(row_group.num_columns)]
+    num_bytes = sum(
+        column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] in wanted
+    )
     if num_bytes > MAX_GROUP_BYTES:
         raise DataError(
             f"row group {group} of {path} has {num_bytes} bytes, and each row is read with its group: write the file "
@@ -151,25 +176,3 @@ def _form(path: Path, columns: frozenset[str]) -> Form:
         known = "; ".join(", ".join(form.columns) for form in FORMS)
         raise DataError(f"{path} has the columns {', '.join(sorted(columns))}; expected one of: {known}")
     return found
-
-
-def _parse_images(row: Mapping[str, object], index: int) -> tuple[str | EmbeddedImage, ...]:
-    """The images of all columns that hold any."""
-    found: list[str | EmbeddedImage] = []
-    for column in IMAGE_COLUMNS:
-        value = row.get(column)
-        for number, image in enumerate(value if isinstance(value, list) else [value]):
-            if image is not None:
-                found.append(_parse_image(image, index, f"{column}[{number}]"))
-    return tuple(found)
-
-
-def _parse_image(image: object, index: int, where: str) -> str | EmbeddedImage:
-    path = image.get("path") if isinstance(image, dict) else image
-    data = image.get("bytes") if isinstance(image, dict) else image
-    name = path if isinstance(path, str) and path else f"row {index}, {where}"
-    if isinstance(data, bytes):
-        return EmbeddedImage(name, data)
-    if isinstance(path, str) and path:
-        return path
-    raise malformed(index, where, image, "the bytes of an image, or its path")

@@ -93,23 +93,38 @@ class TarSamples:
                     f"{num_bytes}; start again with files that nothing writes to"
                 )
             if size > MAX_SAMPLE_BYTES:
-                raise BadRow("row_too_large", f"row {index} has {size} bytes, the limit is {MAX_SAMPLE_BYTES}")
+                raise BadRow(
+                    "row_too_large",
+                    f"row {index} has {size} bytes, the limit is {MAX_SAMPLE_BYTES}: make it smaller",
+                )
             file.seek(start)
             content = file.read(size)
-        members: dict[str, bytes] = {}
-        key = ""
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for member in tar:
-                if (named := _named(member)) is None:
-                    continue
-                key, suffix = named
-                if suffix in members:
-                    problem = f"row {index} of {self.place(index)}: {key} has two members .{suffix}"
-                    raise BadRow("malformed_row", problem)
-                opened = tar.extractfile(member)
-                assert opened is not None  # of a regular file
-                members[suffix] = opened.read()
-        return TarSample(key, members)
+        try:
+            return _unpack(content, f"row {index} of {self.place(index)}")
+        except tarfile.TarError as error:
+            raise DataError(
+                f"{self.place(index)} changed while in use: row {index} is no sample any more: {error}; "
+                "start again with files that nothing writes to"
+            ) from error
+
+
+def _unpack(content: bytes, where: str) -> TarSample:
+    """The one sample of a piece of a tar file. Raises BadRow and, where that is no sample, tarfile.TarError."""
+    members: dict[str, bytes] = {}
+    key = ""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            if (named := _named(member)) is None:
+                continue
+            key, suffix = named
+            if suffix in members:
+                raise BadRow("malformed_row", f"{where}: {key} has two members .{suffix}")
+            opened = tar.extractfile(member)
+            assert opened is not None  # of a regular file
+            members[suffix] = opened.read()
+    if not members:
+        raise tarfile.ReadError("no members")
+    return TarSample(key, members)
 
 
 def _index_shards(shards: Sequence[Path], names: Sequence[str], excluded: frozenset[str]) -> IntArray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content
 from llava_core.data.readers.index import KEPT_FROM_BYTES, kept_index
 from llava_core.data.readers.json_rows import FileRows, JsonRows, index_lines, json_index
-from llava_core.data.records import Record, Turn, parse_id, parse_object, parse_text
+from llava_core.data.records import Record, Turn, parse_id, parse_images, parse_object, parse_text
 from llava_core.errors import BadRow
 
 
@@ -19,6 +21,7 @@ class TextReader(FileRows):
     """
 
     content: Content = "texts"
+    usual_overlong: Overlong = "split"
 
     def __init__(self, path: Path, *, index_folder: Path | None = None) -> None:
         index = kept_index(index_folder, "lines", [path], lambda: index_lines(path), min_bytes=KEPT_FROM_BYTES)
@@ -42,19 +45,21 @@ class TextJsonReader(JsonRows):
     """
 
     content: Content = "texts"
+    usual_overlong: Overlong = "split"
 
     def __init__(self, path: Path, *, index_folder: Path | None = None) -> None:
         super().__init__(path, json_index(path, index_folder), parse_text_row)
 
 
 def parse_text_row(row: object, index: int) -> Record:
-    """One document.
+    """One document, with images in `image` or `images`, if any.
 
     Raises:
         BadRow: `malformed_row`, naming the key; `empty_document`.
     """
     fields = parse_object(row, index, "text")
-    return _document(parse_id(fields, index), index, parse_text(fields.get("text"), index, "text"))
+    document = _document(parse_id(fields, index), index, parse_text(fields.get("text"), index, "text"))
+    return replace(document, images=parse_images(fields, index))
 
 
 def _document(row_id: str, index: int, text: str) -> Record:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content
 from llava_core.data.readers.tar_samples import TarSample, TarSamples
 from llava_core.data.records import IMAGE_MARK, ROLES, EmbeddedImage, Record, Turn, malformed, parse_text, parse_turns
@@ -25,6 +26,7 @@ class WebdatasetReader:
     """
 
     content: Content = "conversations"
+    usual_overlong: Overlong = "truncate"
 
     def __init__(self, path: Path, *, index_folder: Path | None = None) -> None:
         self.path = path

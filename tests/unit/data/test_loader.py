@@ -62,7 +62,7 @@ class Rows:
             pad_id=0,
             vocab_size=320,
             max_length=256,
-            overlong={"conversations": "truncate"},
+            overlong="truncate",
         )
         quarantine = Quarantine(self.folder / output / "quarantine.jsonl", max_bad)
         return StepLoader(

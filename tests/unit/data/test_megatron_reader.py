@@ -80,7 +80,7 @@ def builder(reader: MegatronReader, vocab_size: int = 64, max_length: int = 64) 
         pad_id=0,
         vocab_size=vocab_size,
         max_length=max_length,
-        overlong={"tokens": "split"},
+        overlong=None,
     )
 
 
@@ -112,6 +112,28 @@ def test_a_conversation_without_an_answer_leaves_the_others(tmp_path: Path) -> N
     reader = MegatronSftReader(prefix)
     (kept,) = builder(reader).build(Place(0, 0), reader.read(0)).examples
     assert kept.tokens.tolist() == flat(EXPECTED["packed"][0][1])
+
+
+def test_conversations_are_truncated_and_documents_split() -> None:
+    packed, documents = MegatronSftReader(GOLDEN / "packed"), MegatronReader(GOLDEN / "documents")
+    wholes = [flat(sample) for sample in EXPECTED["packed"][0]]
+    cut = builder(packed, max_length=5).build(Place(0, 0), packed.read(0)).examples
+    assert [example.tokens.tolist() for example in cut] == [whole[:5] for whole in wholes]
+    pieces = builder(documents, 320, max_length=5).build(Place(0, 2), documents.read(2)).examples
+    assert sum(example.length - 1 for example in pieces) == len(flat(EXPECTED["documents"][2])) - 1
+
+
+def test_an_answer_that_is_cut_off_leaves_the_others_of_its_row() -> None:
+    reader = MegatronSftReader(GOLDEN / "packed")
+    samples = EXPECTED["packed"][0]
+    longest = max(len(question) for question, _ in samples)
+    kept = [[*q, *a][:longest] for q, a in samples if len(q) < longest]
+    assert 0 < len(kept) < len(samples)
+    row = reader.read(0)
+    examples = builder(reader, max_length=longest).build(Place(0, 0), row).examples
+    assert [example.tokens.tolist() for example in examples] == kept
+    with pytest.raises(BadRow, match="no_supervised_token"):
+        builder(reader, max_length=1).build(Place(0, 0), row)
 
 
 @pytest.mark.parametrize(

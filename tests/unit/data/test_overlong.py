@@ -85,3 +85,11 @@ def test_an_image_larger_than_a_piece_is_refused() -> None:
     whole = Encoded(torch.arange(12), torch.tensor([False] * 8 + [True] * 4), (2,))
     with pytest.raises(BadRow, match="too_long: an image of 6 tokens does not fit max_length 5"):
         fit(whole, 6, 5, "split")
+
+
+def test_a_piece_does_not_carry_its_row_along() -> None:
+    """A worker sends a tensor with all of its storage."""
+    whole = Encoded(torch.arange(1000), torch.ones(1000, dtype=torch.bool), ())
+    for piece in (*fit(whole, 1, 10, "split"), *fit(whole, 1, 10, "truncate")):
+        for tensor in (piece.tokens, piece.supervised):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes <= 80

@@ -230,3 +230,20 @@ def test_the_batch_moves_with_its_tensors():
     moved = batch.to(torch.device("meta"))
     assert all(value.is_meta for value in vars(moved).values() if isinstance(value, torch.Tensor))
     assert moved.counts == batch.counts
+
+
+def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
+    """By its definition: every micro-batch is looked at for every sample."""
+    packs: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [pack for pack in packs if sum(lengths[i] for i in pack) + lengths[index] <= budget]
+        if not fitting:
+            fitting = [[]]
+            packs.append(fitting[0])
+        fitting[0].append(index)
+    return sorted(map(sorted, packs))
+
+
+@given(lengths_and_budget())
+def test_packs_are_those_of_first_fit_decreasing(case):
+    assert pack_samples(*case) == first_fit_decreasing(*case)

@@ -76,7 +76,7 @@ def test_workers_read_on_after_the_trainer_has_read(num_workers: int, parts: Tin
         pad_id=0,
         vocab_size=320,
         max_length=64,
-        overlong={"texts": "split"},
+        overlong=None,
     )
     rows = np.random.default_rng(0).permutation(40)
     for row, built in zip(rows, decoded(builder, rows, num_workers), strict=True):
@@ -116,6 +116,7 @@ def test_the_columns_say_what_rows_are(tmp_path: Path, row: dict[str, Any], cont
         ({"image": {"bytes": None, "path": "a.png"}}, ("a.png",)),
         ({"images": [{"bytes": b"1", "path": "x"}, {"bytes": b"2", "path": None}]}, None),
         ({"image": None, "images": []}, ()),
+        ({"image": {"bytes": None, "path": None}}, ()),
     ],
 )
 def test_images_come_in_several_forms(tmp_path: Path, columns: dict[str, Any], expected: Any) -> None:
@@ -125,7 +126,7 @@ def test_images_come_in_several_forms(tmp_path: Path, columns: dict[str, Any], e
 
 
 def test_a_row_that_cannot_be_used_is_set_aside(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [{"text": None, "image": 5}, {"text": "good", "image": None}]
+    rows: list[dict[str, Any]] = [{"text": "bad", "image": 5}, {"text": "good", "image": None}]
     reader = ParquetReader(write(tmp_path / "a.parquet", rows))
     with pytest.raises(BadRow, match=r"malformed_row: row 0: image\[0\] is int 5"):
         reader.read(0)
@@ -174,4 +175,42 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     with pytest.raises(ConfigError, match=r"needs pyarrow to be read: pip install 'llava-core\[parquet\]'"):
+        ParquetReader(path)
+
+
+def test_a_text_that_is_not_utf8_sets_its_row_alone_aside(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    texts = pyarrow.array([b"good", b"\xff\xfe", b"better"], pyarrow.binary())
+    texts = pyarrow.StringArray.from_buffers(3, texts.buffers()[1], texts.buffers()[2])
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    reader = ParquetReader(tmp_path / "a.parquet")
+    with pytest.raises(BadRow, match="not_utf8: row 1 of .*a.parquet"):
+        reader.read(1)
+    assert [said(reader.read(index)) for index in (0, 2)] == [[("assistant", "good")], [("assistant", "better")]]
+
+
+def test_a_damaged_schema_is_named_whatever_pyarrow_makes_of_it(tmp_path: Path) -> None:
+    """Some of its errors are neither OSErrors nor ValueErrors, e.g. of types that it knows and cannot read."""
+    path = write(tmp_path / "a.parquet", [{"text": "a", "images": [b"1"], "id": 1}])
+    content = path.read_bytes()
+    start = content.index(b"ARROW:schema")
+    refused = 0
+    for position in range(start, len(content) - 8):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 11]) + content[position + 1 :])
+        try:
+            ParquetReader(path)
+        except DataError as error:
+            refused += "a.parquet" in str(error)
+    assert refused > 100
+
+
+def test_columns_that_are_not_read_do_not_count_to_a_groups_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_core.data.readers.parquet.MAX_GROUP_BYTES", 1000)
+    path = write(tmp_path / "a.parquet", [{"text": "a", "embedding": bytes(range(256)) * 8}])
+    assert said(ParquetReader(path).read(0)) == [("assistant", "a")]
+    path = write(tmp_path / "b.parquet", [{"text": "a", "image": {"bytes": bytes(range(256)) * 8, "path": None}}])
+    with pytest.raises(DataError, match=r"row group 0 of .*b\.parquet has \d+ bytes"):
         ParquetReader(path)

@@ -24,9 +24,9 @@ from llava_core.data.readers.llava import LlavaJsonReader
 from llava_core.data.readers.text import TextJsonReader, TextReader
 from llava_core.data.sampler import epoch_order
 from llava_core.data.share import Share
-from llava_core.data.sources import Source, Sources
+from llava_core.data.sources import Place, Source, Sources
 from llava_core.data.templates import V1
-from llava_core.errors import DataError
+from llava_core.errors import BadRow, DataError
 from llava_core.testing.datasets import TinyParts
 from llava_core.weights.tokenizer import load_tokenizer
 
@@ -43,16 +43,16 @@ class Mix:
     parts: TinyParts
     folder: Path
 
-    def sources(self, weights: tuple[float, float, float] | None) -> Sources:
+    def sources(self) -> Sources:
         readers: list[Reader] = [
             LlavaJsonReader(self.parts.data),
             TextJsonReader(self.folder / "documents.jsonl"),
             TextReader(self.folder / "lines.txt"),
         ]
-        images, given = ImageStore(self.parts.images, 10**6), weights or (None, None, None)
+        images = ImageStore(self.parts.images, 10**6)
         templates = (V1, TEXT, TEXT)
         return Sources(
-            [Source(r, t, images, w) for r, t, w in zip(readers, templates, given, strict=True)],
+            [Source(reader, template, images) for reader, template in zip(readers, templates, strict=True)],
         )
 
     def loader(
@@ -64,7 +64,7 @@ class Mix:
         overlong: Overlong = "split",
         output: str = "run",
     ) -> StepLoader:
-        sources = self.sources(weights)
+        sources = self.sources()
         processor = ImageProcessor.from_folder(self.parts.vision, "pad")
         builder = ExampleBuilder(
             sources=sources,
@@ -73,7 +73,7 @@ class Mix:
             pad_id=0,
             vocab_size=320,
             max_length=MAX_LENGTH,
-            overlong={"conversations": "truncate", "texts": overlong},
+            overlong=overlong,
         )
         mixture = Mixture(sources.lengths, weights, "shuffled", 5)
 
@@ -188,3 +188,37 @@ def test_sources_that_changed_or_moved_about_are_refused(mix: Mix) -> None:
     (mix.folder / "lines.txt").write_text("one more line")
     with pytest.raises(DataError, match="the order of samples cannot be continued"):
         mix.loader().load_state_dict(state)
+
+
+def test_an_image_mark_is_a_word_in_a_document_without_images(parts: TinyParts, tmp_path: Path) -> None:
+    text, image = "Write <image> for a picture.", json.loads(parts.data.read_text())[0]["image"]
+    rows = [{"text": text}, {"text": text, "image": image}, {"text": text, "image": [image, image]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    reader, tokenizer = TextJsonReader(tmp_path / "a.json"), load_tokenizer(parts.language)
+    builder = ExampleBuilder(
+        sources=Sources([Source(reader, TEXT, ImageStore(parts.images, 10**6))]),
+        tokenizer=tokenizer,
+        images=ImageSide(ImageProcessor.from_folder(parts.vision, "pad"), visual_tokens=9),
+        pad_id=0,
+        vocab_size=320,
+        max_length=MAX_LENGTH,
+        overlong=None,
+    )
+    (plain,) = builder.build(Place(0, 0), reader.read(0)).examples
+    assert plain.tokens.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert plain.pixels is None
+    (seen,) = builder.build(Place(0, 1), reader.read(1)).examples
+    assert len(seen.image_starts) == 1
+    assert seen.pixels is not None
+    with pytest.raises(BadRow, match="image_count"):
+        builder.build(Place(0, 2), reader.read(2))
+
+
+def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
+    class Empty(TextReader):
+        def __len__(self) -> int:
+            return 0
+
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"source 0 of the data, .*a\.txt, has no rows; check"):
+        Sources([Source(Empty(tmp_path / "a.txt"), TEXT)])

@@ -59,6 +59,8 @@ def test_a_file_of_ones_own_is_written_as_it_says(tmp_path: Path) -> None:
     assert template.prompt(chat("a", "b", "c")).text == "<<sys>>{}\nQ1:a|A:b#\nQ:c|A:"
     with pytest.raises(BadRow, match=r"empty_turn: `mine` needs words"):
         template.render(chat("", "b"))
+    with pytest.raises(BadRow, match=r"empty_turn: `mine` needs words"):
+        template.render(chat(" \n", "b"))
 
 
 def test_short_files_have_defaults(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llava_core.data.readers import Reader
 from llava_core.data.readers.index import kept_index
 from llava_core.data.readers.instructions import AlpacaReader, ShareGptReader
-from llava_core.data.readers.json_rows import BLOCK_BYTES, MAX_ROW_BYTES, index_lines, json_index
+from llava_core.data.readers.json_rows import BLOCK_BYTES, MAX_ROW_BYTES, JsonRows, index_lines, json_index
 from llava_core.data.readers.text import TextJsonReader, TextReader
 from llava_core.data.records import Record, Row
 from llava_core.errors import BadRow, DataError
@@ -150,6 +150,7 @@ def test_sharegpt_rows_in_either_form(tmp_path: Path) -> None:
     ("row", "reason"),
     [
         ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}]}, "system_message"),
+        ({"system": "s", "conversations": [{"from": "human", "value": "a"}]}, "system_message"),
         ({"messages": [{"role": "tool", "content": "a"}]}, r"messages\[0\].role is str 'tool'"),
         ({"messages": [{"role": "user", "content": [1]}]}, r"messages\[0\].content is list"),
         ({}, "conversations is missing"),
@@ -159,6 +160,33 @@ def test_what_sharegpt_rows_cannot_hold_is_a_bad_row(tmp_path: Path, row: object
     reader = ShareGptReader(write(tmp_path / "a.json", json.dumps([row])))
     with pytest.raises(BadRow, match=reason):
         reader.read(0)
+
+
+IMAGES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"image": "a.png"}, ("a.png",)),
+    ({"image": None, "images": ["a.png", "b.png"]}, ("a.png", "b.png")),
+    ({"images": [{"path": "a.png", "bytes": None}]}, ("a.png",)),
+    ({}, ()),
+]
+
+
+@pytest.mark.parametrize(
+    ("reader", "row"),
+    [
+        (AlpacaReader, {"instruction": "<image> a", "output": "b"}),
+        (
+            ShareGptReader,
+            {"messages": [{"role": "user", "content": "<image> a"}, {"role": "assistant", "content": "b"}]},
+        ),
+        (TextJsonReader, {"text": "<image> a"}),
+    ],
+)
+def test_images_of_json_rows(tmp_path: Path, reader: type[JsonRows], row: dict[str, Any]) -> None:
+    rows = reader(write(tmp_path / "a.json", json.dumps([row | images for images, _ in IMAGES])))  # type: ignore[call-arg]
+    assert [rows.read(index).images for index in range(len(IMAGES))] == [expected for _, expected in IMAGES]
+    bad = reader(write(tmp_path / "b.json", json.dumps([row | {"images": ["a.png", 5]}])))  # type: ignore[call-arg]
+    with pytest.raises(BadRow, match=r"images\[1\] is int 5"):
+        bad.read(0)
 
 
 def test_an_index_is_kept_until_its_file_changes(tmp_path: Path) -> None:

@@ -319,3 +319,14 @@ def test_a_description_that_cannot_be_honoured_is_refused(
 def test_braces_are_expanded_as_by_the_package_that_energon_uses(name: str) -> None:
     braceexpand = pytest.importorskip("braceexpand")
     assert expand_braces(name) == list(braceexpand.braceexpand(name))
+
+
+def test_a_shard_that_changes_in_place_stops_the_run(shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    content = (shards / "pretrain-0.tar").read_bytes()
+    for other in (b"x" * len(content), bytes(len(content))):
+        path.write_bytes(content)
+        reader = WebdatasetReader(path)
+        path.write_bytes(other)
+        with pytest.raises(DataError, match="changed while in use: row 1 is no sample any more"):
+            reader.read(1)

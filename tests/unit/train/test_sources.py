@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+from importlib.metadata import EntryPoint
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_core.config import build_config
+from llava_core.engine.processes import Processes
 from llava_core.errors import CheckpointError, ConfigError, DataError, LlavaError
+from llava_core.plugins import Registry
 from llava_core.testing.datasets import TinyParts
+from llava_core.train.data import open_readers
 from llava_core.train.loop import train_model
 from llava_core.train.report import described_data
 from tests.unit.train.support import (
@@ -201,3 +205,19 @@ def test_the_plan_names_every_source(parts: TinyParts, tmp_path: Path, lines: Pa
         "data.json: 36 rows, template v1, weight 1",
         "lines.txt: 7 rows, template text, weight 3",
     ]
+
+
+def test_readers_are_named_without_loading_them(
+    parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dummy_readers.py").write_text(
+        "from llava_core.plugins import Contribution, hookimpl\n"
+        "@hookimpl\n"
+        "def llava_register_readers():\n"
+        "    return [Contribution('lacking', 'nowhere_at_all:Reader', 'needs what is missing', api_version=1)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry([EntryPoint("dummy", "dummy_readers", "llava_core")])
+    config = build_config(tiny_settings(parts, tmp_path / "run", f"data.path={tmp_path / 'a.csv'}"))
+    with pytest.raises(ConfigError, match=r"no reader is known for .*a\.csv: .* name the reader, one of lacking"):
+        open_readers(config, registry, Processes())
