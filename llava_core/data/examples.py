@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from llava_core.data.records import EmbeddedImage, Record, Row, TokenRow
 from llava_core.data.sources import Place, Source, Sources
 from llava_core.data.tokens import encode_whole
 from llava_core.errors import BadRow, TrainingError
+from llava_core.parent import end_with_parent
 
 ROWS_PER_MESSAGE = 8
 """Rows that a worker decodes before it hands them over; a message a row would cost more than the decoding of text."""
@@ -146,7 +149,7 @@ def decoded(builder: ExampleBuilder, rows: IntArray, num_workers: int) -> Iterat
         batch_size=None,
         num_workers=num_workers,
         generator=torch.Generator(),  # its own, so that starting workers does not draw from the run's random state
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=partial(_start_worker, os.getpid()),
     )
     for group in loader:
         yield from group
@@ -196,7 +199,9 @@ def _build_or_reject(builder: ExampleBuilder, index: int) -> Built | Rejected:
         return Rejected(row_id, place.row, bad.reason, bad.message, place.source)
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """A terminal and some schedulers signal the whole process group; the trainer needs data to finish its step."""
+def _start_worker(trainer: int, _: int) -> None:
+    """A terminal and some schedulers signal the whole process group; the trainer needs data to finish its step. And
+    PyTorch's own watch for a dead trainer begins too late to see one that died while the worker started."""
+    end_with_parent(trainer, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -16,6 +16,7 @@ from types import TracebackType
 
 from llava_core.launch.plan import Plan
 from llava_core.launch.reports import VARIABLE, read_error
+from llava_core.parent import end_with_parent
 
 INTERRUPTED = (130, 143)
 """What a process ends with that saved its state because of SIGINT or SIGTERM."""
@@ -200,19 +201,7 @@ class LocalRanks:
 
 
 def end_with_launcher(environment: Mapping[str, str]) -> None:
-    """Have SIGTERM sent to this process when its launcher dies, so that nobody is left behind. Linux alone can.
-
-    It may come more than once: a dying parent's threads end one by one, and each passes its children to the next.
-
-    Raises:
-        SystemExit: it is dead already.
-    """
+    """Have SIGTERM sent to this process when its launcher dies, so that nobody is left behind. As `end_with_parent`."""
     launcher = environment.get(PARENT)
-    if launcher is None or not Path("/proc/self").exists():
-        return
-    import ctypes
-
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2), which Python does not offer
-    ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
-    if os.getppid() != int(launcher):
-        raise SystemExit(1)
+    if launcher is not None:
+        end_with_parent(int(launcher), signal.SIGTERM)
