@@ -79,7 +79,7 @@ def _compile_selective(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Cal
 
 
 def _learning_tower_layers(model: Llava) -> Iterator[nn.Module]:
-    tower = model.vision_tower if "vision_tower" in dict(model.named_children()) else None
+    tower = model.vision_tower if hasattr(model, "vision_tower") else None
     if tower is not None and any(p.requires_grad for p in tower.parameters()):
         yield from tower.vision_model.encoder.layers
 

@@ -79,11 +79,11 @@ def shard_tensors(model: Llava, mesh: DeviceMesh, *, sequence: bool) -> None:
     check_tensor(model.spec, mesh.size())
     language = model.language_model
     decoder = language.model
-    if _has(decoder, "embed_tokens"):
+    if hasattr(decoder, "embed_tokens"):
         decoder.embed_tokens = VocabularyEmbedding.of(decoder.embed_tokens, mesh)
-    if _has(language, "lm_head"):
+    if hasattr(language, "lm_head"):
         language.lm_head = ShardedLinear.of(language.lm_head, mesh, OUTPUTS)
-    if _has(decoder, "norm"):
+    if hasattr(decoder, "norm"):
         decoder.norm = ReplicatedNorm.of(decoder.norm, mesh, split=False)
     layers: list[Any] = list(decoder.layers.values())
     split = [sequence and layer is not layers[-1] for layer in layers]
@@ -93,14 +93,9 @@ def shard_tensors(model: Llava, mesh: DeviceMesh, *, sequence: bool) -> None:
         layers[0].register_forward_pre_hook(_Residual(mesh).divide)
         layers[-1].register_forward_pre_hook(_Residual(mesh).restore)
     model.ops = replace(model.ops, linear_cross_entropy=VocabularyLoss(mesh))
-    if _has(model, "vision_tower") and not any(p.requires_grad for p in model.vision_tower.parameters()):
+    if hasattr(model, "vision_tower") and not any(p.requires_grad for p in model.vision_tower.parameters()):
         model.vision_tower.register_forward_pre_hook(_Images(mesh).divide)
         model.vision_tower.register_forward_hook(_Images(mesh).restore)
-
-
-def _has(module: nn.Module, child: str) -> bool:
-    """Whether a part is there: one that the model does not have, or another stage of a pipeline has, is not."""
-    return child in dict(module.named_children())
 
 
 def _shard_layer(layer: DecoderLayer, mesh: DeviceMesh, *, split: bool) -> None:

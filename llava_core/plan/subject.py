@@ -24,7 +24,14 @@ from llava_core.engine.tensor import check_tensor
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
-from llava_core.train.checks import check_backend, check_data_settings, check_recompute, check_shares, check_trainable
+from llava_core.train.checks import (
+    check_backend,
+    check_data_settings,
+    check_recompute,
+    check_shares,
+    check_trainable,
+    moved_to_host,
+)
 from llava_core.train.prepare import open_spec
 from llava_core.train.stages import pipeline_stages
 
@@ -100,11 +107,7 @@ def check_not_offloaded(config: RunConfig) -> None:
     Raises:
         ConfigError: something is.
     """
-    wanted = {
-        "train.offload_activations": config.train.offload_activations,
-        "parallel.offload": config.parallel.offload,
-    }
-    keys = [key for key, is_wanted in wanted.items() if is_wanted]
+    keys = moved_to_host(config)
     if keys:
         raise ConfigError(
             f"{' and '.join(keys)}: a plan cannot count what is moved to the host; leave it out of the plan."

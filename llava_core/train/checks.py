@@ -99,17 +99,22 @@ def check_backend(config: RunConfig, hardware: Hardware) -> None:
         raise ConfigError(f"backend {hardware.backend.name!r} cannot honour the config:{listed}")
 
 
+def moved_to_host(config: RunConfig) -> list[str]:
+    """The settings that have something moved to the host's memory."""
+    wanted = {
+        "train.offload_activations": config.train.offload_activations,
+        "parallel.offload": config.parallel.offload,
+    }
+    return [key for key, is_wanted in wanted.items() if is_wanted]
+
+
 def check_offload(config: RunConfig, hardware: Hardware) -> None:
     """There is another memory than the host's to move something out of.
 
     Raises:
         ConfigError: the backend computes on the host.
     """
-    wanted = {
-        "train.offload_activations": config.train.offload_activations,
-        "parallel.offload": config.parallel.offload,
-    }
-    keys = [key for key, is_wanted in wanted.items() if is_wanted]
+    keys = moved_to_host(config)
     if keys and hardware.device.type == HOST:
         raise ConfigError(
             f"{' and '.join(keys)}: backend {hardware.backend.name!r} computes in the host's memory, so that nothing "

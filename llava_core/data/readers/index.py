@@ -68,14 +68,31 @@ def open_data(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:
-        raise DataError(f"the data file {path} cannot be read: {error.strerror}; check data.path") from error
+        raise _unreadable(path, error) from error
+
+
+def check_unchanged(path: Path, then: int, now: int) -> None:
+    """A data file still has as many bytes as when it was opened first.
+
+    Raises:
+        DataError: it has not.
+    """
+    if now != then:
+        raise DataError(
+            f"{path} changed while in use: it had {then} bytes and has {now}; start again with files that nothing "
+            "writes to"
+        )
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"the data file {path} cannot be read: {error.strerror}; check data.path")
 
 
 def _facts(path: Path) -> tuple[str, int, int]:
     try:
         found = path.stat()
     except OSError as error:
-        raise DataError(f"the data file {path} cannot be read: {error.strerror}; check data.path") from error
+        raise _unreadable(path, error) from error
     return os.path.abspath(path), found.st_size, found.st_mtime_ns
 
 

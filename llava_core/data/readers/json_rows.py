@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from llava_core.data.readers.index import KEPT_FROM_BYTES, IntArray, kept_index, open_data
+from llava_core.data.readers.index import KEPT_FROM_BYTES, IntArray, check_unchanged, kept_index, open_data
 from llava_core.data.records import Record
 from llava_core.errors import BadRow, DataError
 
@@ -54,12 +54,7 @@ class FileRows:
         """
         start, size = int(self._starts[index]), int(self._sizes[index])
         with open_data(self.path) as file:
-            num_bytes = file.seek(0, 2)
-            if num_bytes != self.num_bytes:
-                raise DataError(
-                    f"{self.path} changed while in use: it had {self.num_bytes} bytes and has {num_bytes}; "
-                    "start again with a file that nothing writes to"
-                )
+            check_unchanged(self.path, self.num_bytes, file.seek(0, 2))
             if size > MAX_ROW_BYTES:
                 raise BadRow("row_too_large", f"row {index} has {size} bytes, the limit is {MAX_ROW_BYTES}: split it")
             file.seek(start)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content, prefixed
-from llava_core.data.readers.index import IntArray, open_data
+from llava_core.data.readers.index import IntArray, check_unchanged, open_data
 from llava_core.data.readers.json_rows import MAX_ROW_BYTES
 from llava_core.data.records import TokenRow, TokenSequence
 from llava_core.errors import BadRow, DataError
@@ -86,12 +86,7 @@ class MegatronReader:
         if not in_file or lengths.min() < 0 or not np.array_equal(self._starts[first:end], expected):
             raise BadRow("malformed_row", f"row {index} of {self.path}: its sequences do not lie one after the other")
         with open_data(self._bin_path) as file:
-            num_bytes = file.seek(0, 2)
-            if num_bytes != self.num_bytes:
-                raise DataError(
-                    f"{self._bin_path} changed while in use: it had {self.num_bytes} bytes and has {num_bytes}; "
-                    "start again with files that nothing writes to"
-                )
+            check_unchanged(self._bin_path, self.num_bytes, file.seek(0, 2))
             file.seek(start)
             return np.frombuffer(file.read(size), dtype=self.type).astype(np.int64)
 

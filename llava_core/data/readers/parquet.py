@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content
+from llava_core.data.readers.index import check_unchanged
 from llava_core.data.readers.instructions import parse_alpaca, parse_sharegpt
 from llava_core.data.readers.text import parse_text_row
 from llava_core.data.records import IMAGE_KEYS, Record
@@ -125,12 +126,7 @@ class ParquetReader:
         file, number = self._groups[group]
         path = self._files[file]
         opened = _open(path)
-        num_bytes = path.stat().st_size
-        if num_bytes != self._num_bytes[file]:
-            raise DataError(
-                f"{path} changed while in use: it had {self._num_bytes[file]} bytes and has {num_bytes}; "
-                "start again with files that nothing writes to"
-            )
+        check_unchanged(path, self._num_bytes[file], path.stat().st_size)
         names = [name for name in opened.schema_arrow.names if name in self._form.wanted]
         try:
             return opened.read_row_group(number, columns=names, use_threads=False)

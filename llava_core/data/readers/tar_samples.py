@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from llava_core.data.readers.index import KEPT_FROM_BYTES, IntArray, kept_index, open_data
+from llava_core.data.readers.index import KEPT_FROM_BYTES, IntArray, check_unchanged, kept_index, open_data
 from llava_core.errors import BadRow, DataError
 
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -86,12 +86,7 @@ class TarSamples:
         """
         number, start, size = (int(value) for value in self._index[:, index])
         with open_data(self.shards[number]) as file:
-            num_bytes = file.seek(0, 2)
-            if num_bytes != self._sizes[number]:
-                raise DataError(
-                    f"{self.shards[number]} changed while in use: it had {self._sizes[number]} bytes and has "
-                    f"{num_bytes}; start again with files that nothing writes to"
-                )
+            check_unchanged(self.shards[number], self._sizes[number], file.seek(0, 2))
             if size > MAX_SAMPLE_BYTES:
                 raise BadRow(
                     "row_too_large",
