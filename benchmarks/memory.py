@@ -169,7 +169,7 @@ def build_engine(folder: Path, dtype: torch.dtype, hardware: Hardware, keeping: 
         arrange=arrange,
         part_of=part_of,
     )
-    rates = OptimizerSettings(dict.fromkeys(TRAINABLE, 1e-5), 0.0, (0.9, 0.999), 1e-8, 1.0)
+    rates = OptimizerSettings(dict.fromkeys(TRAINABLE, 1e-5), 0.0, (0.9, 0.999), 1e-8, 1.0, on_host=offload)
     return TorchEngine(model, hardware, rates, "token_mean", mesh)
 
 

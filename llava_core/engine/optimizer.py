@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from llava_core.backend import Backend
-from llava_core.engine.hardware import HOST
 from llava_core.model.freeze import part_of
 
 
@@ -34,13 +33,13 @@ def parameter_groups(
 
 
 def build_optimizer(
-    backend: Backend, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
+    backend: Backend, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, *, on_host: bool
 ) -> torch.optim.Optimizer:
     """The backend's own AdamW, or PyTorch's, which also updates what is kept on the host; without groups one that does
     nothing, for a stage where nothing learns."""
     if not groups:
         return torch.optim.AdamW([{"params": [], "peak_lr": 0.0}])
-    if backend.device_type != HOST and groups[0]["params"][0].device.type == HOST:
+    if on_host:
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     own = backend.build_optimizer(groups, betas=betas, eps=eps)
     return own if own is not None else torch.optim.AdamW(groups, betas=betas, eps=eps)

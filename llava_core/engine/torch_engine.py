@@ -38,6 +38,7 @@ class OptimizerSettings:
     Attributes:
         learning_rates: the peak of each part that learns.
         clip_norm: largest global gradient norm; None for no limit.
+        on_host: parameters and gradients are kept in the host's memory, wherever the model computes.
     """
 
     learning_rates: Mapping[str, float]
@@ -45,6 +46,7 @@ class OptimizerSettings:
     betas: tuple[float, float]
     eps: float
     clip_norm: float | None
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class TorchEngine:
         self._trained_parts = settings.learning_rates.keys()
         self.trained = {n: p for stage in self.stages for n, p in stage.named_parameters() if p.requires_grad}
         groups = parameter_groups(self.trained.items(), settings.learning_rates, settings.weight_decay)
-        self.optimizer = build_optimizer(hardware.backend, groups, settings.betas, settings.eps)
+        self.optimizer = build_optimizer(
+            hardware.backend, groups, settings.betas, settings.eps, on_host=settings.on_host
+        )
         self.loss_scale = LossScale() if model.compute_dtype == torch.float16 else None
 
     def step(

@@ -233,6 +233,7 @@ def optimizer_settings(config: RunConfig, trainable: frozenset[str]) -> Optimize
         betas=settings.betas,
         eps=settings.eps,
         clip_norm=settings.clip_norm,
+        on_host=config.parallel.offload,
     )
 
 
