@@ -18,6 +18,7 @@ from llava_core.cli.ask import ask
 from llava_core.cli.backends import backends
 from llava_core.cli.certify import certify
 from llava_core.cli.convert import convert
+from llava_core.cli.data import data
 from llava_core.cli.demo import demo
 from llava_core.cli.doctor import doctor
 from llava_core.cli.generate import generate
@@ -52,6 +53,7 @@ def options(
 
 for command in (demo, train, plan, ask, generate, convert, backends, doctor, certify):
     app.command()(command)
+app.add_typer(data)
 
 
 def main() -> None:

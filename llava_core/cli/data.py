@@ -1,0 +1,12 @@
+"""`llava-core data`: what is done to a data set before a run. Each command has a file of its own."""
+
+from __future__ import annotations
+
+import typer
+
+data = typer.Typer(name="data", no_args_is_help=True)
+
+
+@data.callback()
+def group() -> None:
+    """Work on a data set before a run."""
