@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from llava_core.config import RunConfig, build_config
 from llava_core.data.batch import Batch
@@ -35,6 +36,9 @@ TEXT = TextSpec("llama", 1024, 256, 704, 4, 4, 4, 64, 1e-5, 2048)
 VISION = VisionSpec("clip", 112, 14, 128, 512, 4, 2, "quick_gelu", 1e-5)
 SPEC = ModelSpec(TEXT, VISION)
 """Small, and shaped as a real one is: sizes grow as widths, feed-forwards and vocabularies of large models do."""
+
+STEP, STEPS = "one step", 4
+"""What a real step is called in a trace, and how many are measured."""
 
 
 def run_config(**sections: dict[str, Any]) -> RunConfig:
@@ -65,7 +69,7 @@ class Measured:
     """Real steps, as PyTorch's profiler saw them.
 
     Attributes:
-        peak: the most bytes that its allocator had handed out.
+        peak: the most bytes that its allocator had handed out during a step, of the steps that have an optimizer state.
         sent: exchanges of a step, by kind.
     """
 
@@ -74,7 +78,7 @@ class Measured:
 
 
 def measure(config: RunConfig, spec: ModelSpec, processes: Processes) -> Measured:
-    """Two real steps of this process: the first has no optimizer state yet.
+    """Real steps of this process: the first has no optimizer state yet.
 
     All that the simulation passes through is real here: weights, samples, kernels, exchanges.
     """
@@ -84,12 +88,13 @@ def measure(config: RunConfig, spec: ModelSpec, processes: Processes) -> Measure
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         engine = real_engine(config, spec, layout, processes)
         batch = real_batch(batch, spec)
-        for _ in range(2):
-            engine.step([batch] * step.micro_batches, 1.0)
+        for _ in range(STEPS):
+            with record_function(STEP):
+                engine.step([batch] * step.micro_batches, 1.0)
     events = trace_events(profiled)
     names = Counter(NAMES.get(event.get("name", "").removeprefix("c10d::")) for event in events)
-    # A pipeline's handshake in the first step is lost in the halving.
-    return Measured(max(allocated(events)), {kind: names[kind] // 2 for kind in NAMES.values() if names[kind]})
+    # A pipeline's handshake in the first step is lost in the division.
+    return Measured(steady_peak(events), {kind: names[kind] // STEPS for kind in NAMES.values() if names[kind]})
 
 
 def real_engine(config: RunConfig, spec: ModelSpec, layout: Layout, processes: Processes) -> TorchEngine:
@@ -129,12 +134,23 @@ def trace_events(profiled: profile) -> list[dict[str, Any]]:
     return events
 
 
-def allocated(events: list[dict[str, Any]]) -> Iterator[int]:
-    """What was in use after each time that memory was taken or given back.
+def steady_peak(events: list[dict[str, Any]]) -> int:
+    """The most that was in use during a step, of the steps after the first the one that shows least.
 
     The profiler does not see what a thread of the process group frees: until its place is taken again, such a block is
-    counted, which may show a block too many, never one too few.
+    counted. A busy machine shows a block too many so, in some steps, and never one too few.
     """
+    starts = sorted(event["ts"] for event in events if event.get("name") == STEP and "dur" in event)
+    peaks = [0] * len(starts)
+    for time, total in allocated(events):
+        step = bisect(starts, time) - 1
+        if step >= 0:
+            peaks[step] = max(peaks[step], total)
+    return min(peaks[1:])
+
+
+def allocated(events: list[dict[str, Any]]) -> Iterator[tuple[float, int]]:
+    """Each time that memory was taken or given back, and what was in use then."""
     changes = (event for event in events if event.get("name") == "[memory]")
     live: dict[int, int] = {}
     total = 0
@@ -144,4 +160,4 @@ def allocated(events: list[dict[str, Any]]) -> Iterator[int]:
         if num_bytes > 0:
             live[address] = num_bytes
             total += num_bytes
-        yield total
+        yield change["ts"], total
