@@ -29,11 +29,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from llava_core.durable import make_directory, naming, sync_directory, write_file
 from llava_core.engine.parts import Part
 from llava_core.engine.processes import Processes
 from llava_core.errors import CheckpointError
 from llava_core.train.agreement import agree, by_first
-from llava_core.train.durable import make_directory, naming, sync_directory, write_file
 from llava_core.train.manifest import MANIFEST, STATE, Manifest, folder_name
 from llava_core.train.shares import Shared, held_by, manifest_of, share_out, write_share
 from llava_core.train.stored import Checkpoint, verified

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+from llava_core.durable import FileDigest, naming, sha256
 from llava_core.engine.parts import Region, Shape
 from llava_core.errors import CheckpointError
-from llava_core.train.durable import FileDigest, naming, sha256
 
 T = TypeVar("T")
 

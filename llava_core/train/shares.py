@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llava_core.durable import FileDigest, write_file
 from llava_core.engine.parts import Part, Region, Shape, tiles
-from llava_core.train.durable import FileDigest, write_file
 from llava_core.train.manifest import Manifest, StoredTensor
 from llava_core.train.tensor_files import DTYPE_NAMES, check_storable, file_chunks
 

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from llava_core.durable import FileDigest, file_digest, naming, sha256
 from llava_core.engine.parts import Facts, Region
 from llava_core.errors import CheckpointError
-from llava_core.train.durable import FileDigest, file_digest, naming, sha256
 from llava_core.train.manifest import MANIFEST, STATE, Manifest, parsed, read_manifest
 from llava_core.train.tensor_files import DTYPES, check_file
 

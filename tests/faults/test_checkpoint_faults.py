@@ -24,9 +24,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_core import durable
 from llava_core.engine.parts import Facts, local_parts
 from llava_core.errors import CheckpointError
-from llava_core.train import checkpoint, durable, manifest
+from llava_core.train import checkpoint, manifest
 from llava_core.train.checkpoint import open_checkpoint, open_newest, save_state
 from llava_core.train.stored import Checkpoint
 

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llava_core.durable import file_digest
 from llava_core.engine.parts import Part, Region, tiles
 from llava_core.engine.processes import Processes
 from llava_core.errors import CheckpointError
 from llava_core.train.agreement import agree
 from llava_core.train.checkpoint import open_checkpoint, open_newest, save_state
-from llava_core.train.durable import file_digest
 
 T = TypeVar("T")
 
