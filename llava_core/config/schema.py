@@ -180,14 +180,15 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat | None = Field(1.0, description="largest global gradient norm; null for no limit")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_fraction: Fraction | None = Field(None, description="linear warm-up over this share of the steps")
+    warmup_fraction: Fraction | None = Field(None, description="linear warm-up over this share of the run")
     warmup_steps: NonNegativeInt | None = Field(None, description="linear warm-up over so many steps")
+    warmup_tokens: NonNegativeInt | None = Field(None, description="the same in tokens, for train.max_tokens")
     final_fraction: Fraction = Field(0.0, description="the learning rate at the end, as a share of the peak")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> OptimizerConfig:
-        if self.warmup_fraction is not None and self.warmup_steps is not None:
-            raise ValueError("set at most one of warmup_fraction and warmup_steps")
+        if sum(given is not None for given in (self.warmup_fraction, self.warmup_steps, self.warmup_tokens)) > 1:
+            raise ValueError("set at most one of warmup_fraction, warmup_steps and warmup_tokens")
         if self.schedule == "constant" and self.final_fraction != 0.0:
             raise ValueError("final_fraction means nothing under schedule constant: leave it out")
         return self
@@ -200,6 +201,11 @@ class TrainConfig(Section):
     epochs: PositiveInt | None = Field(None, description="passes over the data")
     max_steps: PositiveInt | None = Field(
         None, description="optimizer steps; stops earlier than epochs if both are set"
+    )
+    max_tokens: PositiveInt | None = Field(
+        None,
+        description="text and image tokens to train on, padding not counted: the run ends with the step that reaches "
+        "them, and its learning rate follows them; in place of epochs and max_steps",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: what the hardware does best")
     loss: Literal["token_mean", "micro_batch_mean", "sequence_mean"] = Field(
@@ -223,8 +229,14 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:
-        if self.epochs is None and self.max_steps is None:
-            raise PydanticCustomError(NOT_GIVEN, "set epochs or max_steps: a run needs an end")
+        if self.epochs is None and self.max_steps is None and self.max_tokens is None:
+            raise PydanticCustomError(NOT_GIVEN, "set epochs, max_steps or max_tokens: a run needs an end")
+        clashing = [key for key in ("epochs", "max_steps") if getattr(self, key) is not None]
+        if self.max_tokens is not None and clashing:
+            raise ValueError(
+                f"max_tokens says when the run ends, and the learning rate follows it: set {' and '.join(clashing)} to "
+                "null, or leave it out"
+            )
         if not self.trainable or len(set(self.trainable)) != len(self.trainable):
             raise ValueError(f"trainable = {list(self.trainable)}: name at least one part, each once")
         if self.recompute_layers is not None and self.recompute == "none":
@@ -346,5 +358,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"batch.micro_tokens {self.batch.micro_tokens} is below data.max_length {self.data.max_length}: "
                 "the longest samples would fit no micro-batch"
+            )
+        by_tokens, warmup = self.train.max_tokens is not None, self.optimizer
+        if by_tokens and warmup.warmup_steps is not None:
+            raise ValueError(
+                "optimizer.warmup_steps counts steps, and train.max_tokens makes the learning rate follow tokens: give "
+                "warmup_tokens or warmup_fraction"
+            )
+        if not by_tokens and warmup.warmup_tokens is not None:
+            raise ValueError(
+                "optimizer.warmup_tokens counts tokens, and the run's length is given in steps: give warmup_steps or "
+                "warmup_fraction, or train.max_tokens"
             )
         return self

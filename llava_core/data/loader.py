@@ -95,6 +95,10 @@ class StepLoader:
     is listed in the quarantine and leaves its step one sample smaller; no other row takes its place. A row that is
     split or dropped for its length makes its step larger or smaller alike.
 
+    Attributes:
+        epoch, position: how many epochs were handed out, and how many rows of the next one.
+        tokens: of text and images in all steps that were handed out, of all processes, without padding.
+
     Args:
         order: the rows' indices of an epoch, by its number; as many for each.
         num_rows: of an epoch.
@@ -121,6 +125,7 @@ class StepLoader:
         self.share = share
         self.epoch = 0
         self.position = 0
+        self.tokens = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -151,6 +156,7 @@ class StepLoader:
         return {
             "epoch": self.epoch,
             "position": self.position,
+            "tokens": self.tokens,
             "data": self.builder.sources.fingerprint,
             "quarantine": self.quarantine.state_dict(),
         }
@@ -168,7 +174,7 @@ class StepLoader:
                 f"the checkpoint was made on {then}, this data is {now}: the order of samples cannot be continued. "
                 "Restore the file (images may be mended in place), or start afresh with another output folder."
             )
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position, self.tokens = state["epoch"], state["position"], state["tokens"]
         self.quarantine.load_state_dict(state["quarantine"])
 
     def _epoch(self) -> Iterator[Step]:
@@ -198,9 +204,11 @@ class StepLoader:
         self._count_rows(sum(news.num_good for news in every), [bad for news in every for bad in news.rejected], rows)
         most = max(news.num_batches for news in every)
         fillers = self.batching.fillers(self.batching.num_batches(most) - len(batches)) if most else ()
+        counts = sum((news.counts for news in every), Counts())
+        self.tokens += counts.tokens
         return Step(
             batches=(*batches, *fillers),
-            counts=sum((news.counts for news in every), Counts()),
+            counts=counts,
             labelled=sum((news.labelled for news in every), Labelled()),
             num_overlong=sum(news.num_overlong for news in every),
         )

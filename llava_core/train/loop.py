@@ -97,7 +97,7 @@ def train_prepared(run: Run, registry: Registry, console: Console, expected: Est
     for note in notes:
         console.print(note, markup=False)
     export = config.output / EXPORT_FOLDER
-    if export.exists() and done in (0, run.schedule.total_steps):
+    if export.exists() and (done == 0 or run.is_over(done)):
         return finished_before(run, done, export, console)
     if run.processes.is_first:
         config.output.mkdir(parents=True, exist_ok=True)
@@ -113,6 +113,9 @@ def train_prepared(run: Run, registry: Registry, console: Console, expected: Est
             saved = "the state is saved. The same command goes on from there." if done else "nothing was saved."
             console.print(f"interrupted after step {done}; {saved}")
             return RunResult(done, None, stop.exit_code)
+        recorded = config.log.profile_steps
+        if recorded is not None and recorded[1] > done:  # a length in tokens does not tell it before
+            console.print(f"log.profile_steps = {list(recorded)}: the run had only {done} steps", markup=False)
         # A signal that comes now finds the training done: what is left is finished, so that nothing is lost.
         try:
             agree(run.processes, lambda: export_run(run, export))
@@ -130,7 +133,7 @@ def finished_before(run: Run, done: int, export: Path, console: Console) -> RunR
     Raises:
         ConfigError: it kept no checkpoint, so that its settings cannot be told to be the same.
     """
-    if done == run.schedule.total_steps:
+    if run.is_over(done):
         console.print(f"the run is finished; its model is in {export}", markup=False)
         return RunResult(done, export, 0)
     raise ConfigError(
@@ -142,7 +145,7 @@ def finished_before(run: Run, done: int, export: Path, console: Console) -> RunR
 def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, console: Console) -> int:
     """Steps `done` to the end, or to the stop request. Returns the steps done, the last of which is saved: always
     where a signal stopped the run, at its end where it keeps checkpoints at all."""
-    total, config, gather = run.schedule.total_steps, run.config, run.processes.gather
+    config, gather = run.config, run.processes.gather
     saved, shown = done, done > 0
     timed_steps = _timed(iter(run.loader))
     with ExitStack() as stack:
@@ -150,9 +153,9 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
         record = stack.enter_context(recording(run, registry, console, done))
         backend = run.hardware.backend
         profiler = stack.enter_context(closing(StepProfiler(backend, config.output, config.log.profile_steps)))
-        while done < total and not stop.agree(gather):
+        while not run.is_over(done) and not stop.agree(gather):
             saver.settle()
-            start = time.perf_counter()
+            start, place = time.perf_counter(), run.place(done)
             step, data_seconds = next(timed_steps)
             done += 1
             if not step.batches:
@@ -161,9 +164,9 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
                 shown = True
                 report.print_first_sample(run, step, console)
             profiler.before(done)
-            result = run.engine.step(step.batches, run.schedule.scale(done - 1), step.labelled)
+            result = run.engine.step(step.batches, run.schedule.scale(place), step.labelled)
             profiler.after(done)
-            if done % config.log.every_steps == 0 or done == total:
+            if is_due(config.log.every_steps, done) or run.is_over(done):
                 record(measure(run, step, result, done, data_seconds, time.perf_counter() - start))
             if is_due(config.checkpoint.every_steps, done):
                 saver.save(done)
@@ -192,6 +195,7 @@ def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: f
         iter=done,
         memory=memory >> 20,
         step=done,
+        tokens=run.loader.tokens,
         grad_norm=result.grad_norm,
         text_tokens_per_sec=counts.text_tokens / seconds,
         text_tokens=counts.text_tokens,

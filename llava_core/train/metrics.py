@@ -28,6 +28,7 @@ class StepMetrics:
         tokens_per_sec: text and image tokens a second, padding not counted.
         text_tokens_per_sec: text tokens only, the figure that XTuner calls tokens_per_sec.
         iter, step: optimizer steps done; two names, for readers of either kind of log.
+        tokens: of text and images in all steps so far.
         memory: peak device memory in MiB.
         overlong: rows that were longer than `data.max_length`.
         mfu: `tflops` over the device's peak; None where that is unknown.
@@ -44,6 +45,7 @@ class StepMetrics:
     iter: int
     memory: int
     step: int
+    tokens: int
     grad_norm: float
     text_tokens_per_sec: float
     text_tokens: int

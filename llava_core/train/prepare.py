@@ -44,7 +44,7 @@ from llava_core.train.checks import (
     check_vocabulary,
 )
 from llava_core.train.data import build_loader, data_share, find_processor, largest_micro_batch, open_readers
-from llava_core.train.schedule import Schedule, warmup_steps
+from llava_core.train.schedule import Schedule, Unit, warmup_length
 from llava_core.train.stages import pipeline_stages
 from llava_core.train.templates import find_templates
 from llava_core.weights.export import refuse_foreign
@@ -71,6 +71,14 @@ class Run:
     loader: StepLoader
     engine: TorchEngine
     schedule: Schedule
+
+    def place(self, done: int) -> int:
+        """How far the run is after `done` steps, in the schedule's unit."""
+        return done if self.schedule.unit == "steps" else self.loader.tokens
+
+    def is_over(self, done: int) -> bool:
+        """Whether these were all of its steps."""
+        return self.place(done) >= self.schedule.total
 
 
 def open_run(config: RunConfig, registry: Registry, processes: Processes) -> Hardware:
@@ -238,17 +246,19 @@ def optimizer_settings(config: RunConfig, trainable: frozenset[str]) -> Optimize
 
 
 def build_schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
-    """The learning rate over the steps that the run will take."""
-    limits = [config.train.max_steps, config.train.epochs and config.train.epochs * steps_per_epoch]
+    """The learning rate over the steps, or the tokens, that the run will take."""
+    train, settings = config.train, config.optimizer
+    unit: Unit = "steps" if train.max_tokens is None else "tokens"
+    limits = [train.max_tokens, train.max_steps, train.epochs and train.epochs * steps_per_epoch]
     total = min(limit for limit in limits if limit is not None)
-    settings = config.optimizer
-    warmup = warmup_steps(total, fraction=settings.warmup_fraction, steps=settings.warmup_steps)
+    given = settings.warmup_steps if train.max_tokens is None else settings.warmup_tokens
+    warmup = warmup_length(total, fraction=settings.warmup_fraction, given=given)
     if warmup > total:
-        raise ConfigError(f"optimizer.warmup_steps = {warmup}: the run has only {total} steps.")
+        raise ConfigError(f"optimizer.warmup_{unit} = {warmup}: the run has only {total} {unit}.")
     recorded = config.log.profile_steps
-    if recorded is not None and recorded[1] > total:
+    if unit == "steps" and recorded is not None and recorded[1] > total:
         raise ConfigError(f"log.profile_steps = {list(recorded)}: the run has only {total} steps.")
-    return Schedule(settings.schedule, total, warmup, settings.final_fraction)
+    return Schedule(settings.schedule, total, warmup, settings.final_fraction, unit)
 
 
 def seed_everything(seed: int, hardware: Hardware) -> None:

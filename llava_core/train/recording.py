@@ -22,11 +22,11 @@ def recording(run: Run, registry: Registry, console: Console, done: int) -> Iter
     if not run.processes.is_first:
         yield lambda _: None
         return
-    config, total = run.config, run.schedule.total_steps
+    config = run.config
     with ExitStack() as stack:
         log = stack.enter_context(closing(MetricsLog(config.output, done)))
         trackers = [stack.enter_context(closing(t)) for t in build_trackers(config, registry)]
-        bar = stack.enter_context(report.progress_bar(console, total, done, config.output.name))
+        bar = stack.enter_context(report.progress_bar(console, run, done))
 
         def record(metrics: StepMetrics) -> None:
             log.log(metrics)

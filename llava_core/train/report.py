@@ -18,6 +18,7 @@ from llava_core.data.tokens import describe, render_supervised
 from llava_core.model.freeze import PARTS
 from llava_core.train.metrics import StepMetrics
 from llava_core.train.prepare import Run
+from llava_core.train.schedule import Schedule
 from llava_core.train.stages import pipeline_stages
 from llava_core.weights.load import outline
 
@@ -44,7 +45,7 @@ def print_plan(run: Run, console: Console) -> None:
             table.add_row(part, f"{sum(sizes):,} parameters, {learns}")
     table.add_row("data", described_data(run))
     table.add_row("tokenizer", describe(run.tokenizer))
-    table.add_row("steps", f"{run.schedule.total_steps:,} of {run.config.batch.global_size} samples")
+    table.add_row("length", described_length(run))
     console.print(Panel(table, title="plan", title_align="left"))
     console.print(kernel_table(run.selections))
 
@@ -66,9 +67,13 @@ def print_summary(run: Run, console: Console) -> None:
     sizes, learning = [p.numel() for p in whole], sum(p.numel() for p in whole if p.requires_grad)
     precision = str(run.engine.model.compute_dtype).removeprefix("torch.")
     console.print(f"{learning:,} of {sum(sizes):,} parameters learn, on {hardware.backend.name} in {precision}")
-    console.print(
-        f"{run.schedule.total_steps:,} steps of {run.config.batch.global_size} samples, from {described_data(run)}"
-    )
+    console.print(f"{described_length(run)}, from {described_data(run)}")
+
+
+def described_length(run: Run) -> str:
+    """How long the run trains, and in what steps."""
+    schedule, samples = run.schedule, run.config.batch.global_size
+    return f"{schedule.total:,} {schedule.unit}{' in steps' if schedule.unit == 'tokens' else ''} of {samples} samples"
 
 
 def described_data(run: Run) -> str:
@@ -115,7 +120,7 @@ def print_first_sample(run: Run, step: Step, console: Console) -> None:
 
 
 @contextmanager
-def progress_bar(console: Console, total: int, done: int, title: str) -> Iterator[ProgressBar]:
+def progress_bar(console: Console, run: Run, done: int) -> Iterator[ProgressBar]:
     """A live bar; where the output is not a terminal, a line now and then instead."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -126,7 +131,7 @@ def progress_bar(console: Console, total: int, done: int, title: str) -> Iterato
         TextColumn("{task.fields[shown]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield ProgressBar(progress, console, total, done, title)
+        yield ProgressBar(progress, console, run.schedule, run.place(done), run.config.output.name)
 
 
 class ProgressBar:
@@ -135,14 +140,21 @@ class ProgressBar:
     LINES = 10
     """How many lines a run prints where there is no terminal to draw a bar on."""
 
-    def __init__(self, progress: Progress, console: Console, total: int, done: int, title: str) -> None:
-        self._progress, self._console, self._total, self._title = progress, console, total, title
-        self._task = progress.add_task(title, total=total, completed=done, shown="")
+    def __init__(self, progress: Progress, console: Console, schedule: Schedule, place: int, title: str) -> None:
+        self._progress, self._console, self._schedule, self._title = progress, console, schedule, title
+        self._task = progress.add_task(title, total=schedule.total, completed=place, shown="")
+        self._lines = self._lines_until(place)
 
     def update(self, metrics: StepMetrics) -> None:
         """One step was done."""
+        total, in_tokens = self._schedule.total, self._schedule.unit == "tokens"
+        place = metrics.tokens if in_tokens else metrics.step
         shown = f"loss {metrics.loss:.3f}  grad {metrics.grad_norm:.2f}  {metrics.tokens_per_sec:,.0f} tok/s"
-        self._progress.update(self._task, completed=metrics.step, shown=shown)
-        line_due = metrics.step % max(1, self._total // self.LINES) == 0 or metrics.step == self._total
-        if not self._console.is_terminal and line_due:
-            self._console.print(f"{self._title}: step {metrics.step}/{self._total}  {shown}", markup=False)
+        self._progress.update(self._task, completed=place, shown=shown)
+        lines, self._lines = self._lines, self._lines_until(place)
+        if not self._console.is_terminal and self._lines > lines:
+            how_far = f"{metrics.step}, {place:,}/{total:,} tokens" if in_tokens else f"{place}/{total}"
+            self._console.print(f"{self._title}: step {how_far}  {shown}", markup=False)
+
+    def _lines_until(self, place: int) -> int:
+        return place * self.LINES // self._schedule.total

@@ -6,34 +6,42 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Unit = Literal["steps", "tokens"]
+"""What a run's length is counted in."""
+
 
 @dataclass(frozen=True)
 class Schedule:
     """Linear warm-up from 0, then the shape down to `final_fraction` at the end of the run.
 
-    Step numbers start at 0. Step `s` of the warm-up has s / warmup_steps, so the first one moves nothing, and the last
-    step of the run is just above the end value: transformers' get_cosine_schedule_with_warmup, which the original LLaVA
-    used, counts so.
+    A step's place is how many steps, or tokens, came before it. Within the warm-up its rate is place / warmup, so the
+    first one moves nothing, and the last step of the run is just above the end value: transformers'
+    get_cosine_schedule_with_warmup, which the original LLaVA used, counts so.
+
+    Attributes:
+        total: of the run, in the unit.
+        unit: `steps` of the optimizer, or `tokens` of text and images that were trained on, without padding.
     """
 
     shape: Literal["cosine", "linear", "constant"]
-    total_steps: int
-    warmup_steps: int
+    total: int
+    warmup: int
     final_fraction: float = 0.0
+    unit: Unit = "steps"
 
-    def scale(self, step: int) -> float:
-        """The share of the peak learning rate at a step."""
-        if step < self.warmup_steps:
-            return step / self.warmup_steps
+    def scale(self, place: int) -> float:
+        """The share of the peak learning rate at a place, in the unit."""
+        if place < self.warmup:
+            return place / self.warmup
         if self.shape == "constant":
             return 1.0
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        progress = (place - self.warmup) / max(1, self.total - self.warmup)
         fall = 0.5 * (1 + math.cos(math.pi * progress)) if self.shape == "cosine" else 1 - progress
         return self.final_fraction + (1 - self.final_fraction) * max(0.0, fall)
 
 
-def warmup_steps(total_steps: int, *, fraction: float | None, steps: int | None) -> int:
-    """Steps of warm-up: the number itself, or the fraction of the run, rounded up as transformers does."""
-    if steps is not None:
-        return steps
-    return math.ceil(total_steps * fraction) if fraction is not None else 0
+def warmup_length(total: int, *, fraction: float | None, given: int | None) -> int:
+    """Steps or tokens of warm-up: the number itself, or the fraction of the run, rounded up as transformers does."""
+    if given is not None:
+        return given
+    return math.ceil(total * fraction) if fraction is not None else 0

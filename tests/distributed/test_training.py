@@ -47,7 +47,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-SAME = ("step", "lr", "epoch", "samples", "text_tokens", "image_tokens", "label_tokens", "skipped")
+SAME = ("step", "tokens", "lr", "epoch", "samples", "text_tokens", "image_tokens", "label_tokens", "skipped")
 
 
 def assert_same_numbers(found: Path, expected: Path) -> None:
@@ -66,6 +66,7 @@ def assert_same_numbers(found: Path, expected: Path) -> None:
         (2, ("parallel.data=replicate", "batch.micro_tokens=null", "batch.micro_size=2")),
         (2, ("data.order=modality_length",)),
         (2, ("data.num_workers=1",)),
+        (2, ("train.max_steps=null", "train.max_tokens=8000")),
         (2, ("parallel.tensor=2",)),
         (4, ("parallel.tensor=2", "parallel.sequence=false")),
         (2, ("parallel.context=2",)),

@@ -135,6 +135,13 @@ def test_all_problems_are_told_at_once(file: Path) -> None:
         (["batch.micro_size=null"], "exactly one of micro_tokens (packed) and micro_size (padded)"),
         (["batch.micro_size=3"], "global_size 8 is not a multiple of micro_size 3"),
         (["optimizer.warmup_steps=3", "optimizer.warmup_fraction=0.1"], "at most one of warmup_fraction"),
+        (["train.max_tokens=9"], "the learning rate follows it: set epochs to null"),
+        (
+            ["train.epochs=null", "train.max_tokens=9", "optimizer.warmup_steps=3"],
+            "give warmup_tokens or warmup_fraction",
+        ),
+        (["optimizer.warmup_tokens=9"], "give warmup_steps or warmup_fraction, or train.max_tokens"),
+        (["optimizer.warmup_tokens=9", "optimizer.warmup_fraction=0.1"], "at most one of warmup_fraction"),
         (["optimizer.schedule=constant", "optimizer.final_fraction=0.1"], "final_fraction means nothing"),
         (["train.epochs=null"], "a run needs an end"),
         (["data.path=null"], "set path (one data set), or sources (several)"),

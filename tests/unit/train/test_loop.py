@@ -38,13 +38,13 @@ def test_a_run_learns_and_leaves_everything(parts: TinyParts, tmp_path: Path) ->
 
 def test_epochs_end_a_run_where_the_data_does(parts: TinyParts, tmp_path: Path) -> None:
     run = tiny_run(parts, tmp_path / "run", "train.epochs=2", "train.max_steps=null")
-    assert run.schedule.total_steps == 10  # 36 rows in steps of 8: five an epoch
+    assert run.schedule.total == 10  # 36 rows in steps of 8: five an epoch
 
 
 def test_the_earlier_of_two_ends_counts(parts: TinyParts, tmp_path: Path) -> None:
     settings = tiny_settings(parts, tmp_path / "run", "train.epochs=2", "train.max_steps=7")
-    assert build_schedule(build_config(settings), steps_per_epoch=5).total_steps == 7
-    assert build_schedule(build_config(settings), steps_per_epoch=3).total_steps == 6
+    assert build_schedule(build_config(settings), steps_per_epoch=5).total == 7
+    assert build_schedule(build_config(settings), steps_per_epoch=3).total == 6
 
 
 def test_metrics_may_be_fewer_than_steps_and_have_the_last(parts: TinyParts, tmp_path: Path) -> None:

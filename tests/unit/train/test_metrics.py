@@ -22,6 +22,7 @@ from tests.unit.train.support import run_to_end, tiny_run
 
 XTUNER_KEYS = {"lr", "data_time", "loss", "time", "tflops", "tokens_per_sec", "iter", "memory", "step"}
 OWN_KEYS = {
+    "tokens",
     "grad_norm",
     "text_tokens_per_sec",
     "text_tokens",

@@ -29,9 +29,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "modality_length_packed": ("data.order=modality_length", "train.trainable=[projector]"),
     "workers": ("data.num_workers=2",),
     "bf16_everything": ("train.precision=bf16", "train.trainable=[vision,projector,language]", "train.recompute=full"),
+    "tokens": ("train.max_steps=null", "train.max_tokens=9000"),
     "fp16": ("train.precision=fp16", "train.loss=sequence_mean"),
 }
-QUICK = ("packed", "modality_length")
+QUICK = ("packed", "modality_length", "tokens")
 
 
 @dataclass(frozen=True)

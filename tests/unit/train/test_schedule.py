@@ -14,7 +14,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from llava_core.train.schedule import Schedule, warmup_steps
+from llava_core.train.schedule import Schedule, warmup_length
 
 RANDOM = random.Random(0)
 RUNS = [(total, RANDOM.randint(0, total)) for total in (1, 2, 7, *(RANDOM.randint(3, 400) for _ in range(12)))]
@@ -49,12 +49,12 @@ def test_every_step_has_transformers_rate(shape: str, total: int, warmup: int) -
 def test_a_warmup_fraction_is_rounded_as_transformers_does(total: int) -> None:
     # Called unbound, for TrainingArguments wants accelerate; a number of steps below 1 is a share of the run.
     expected = TrainingArguments.get_warmup_steps(SimpleNamespace(warmup_steps=0.03), total)  # type: ignore[arg-type]
-    assert warmup_steps(total, fraction=0.03, steps=None) == expected
+    assert warmup_length(total, fraction=0.03, given=None) == expected
 
 
 def test_warmup_steps_are_taken_as_they_are() -> None:
-    assert warmup_steps(100, fraction=None, steps=7) == 7
-    assert warmup_steps(100, fraction=None, steps=None) == 0
+    assert warmup_length(100, fraction=None, given=7) == 7
+    assert warmup_length(100, fraction=None, given=None) == 0
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
