@@ -299,7 +299,7 @@ def test_both_forms_of_the_data_become_one(file: Path) -> None:
 
 
 def test_the_sources_of_the_docs_are_a_config() -> None:
-    page = (Path(__file__).parents[3] / "docs/training.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/data.md").read_text()
     example = yaml.safe_load("data:\n" + page.partition("```yaml\ndata:\n")[2].partition("```")[0])
     first, second = build_config(MINIMAL | example).data.inputs
     assert (first.template, second.reader, first.weight, second.images) == ("v1", "text_json", 0.7, Path("images"))

@@ -70,9 +70,9 @@ def test_short_files_have_defaults(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_docs_is_a_template() -> None:
-    page = (Path(__file__).parents[3] / "docs/training.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/data.md").read_text()
     example = page.partition("```yaml\nstart:")[2].partition("```")[0]
-    template = parse_template(f"start:{example}", "example", "docs/training.md")
+    template = parse_template(f"start:{example}", "example", "docs/data.md")
     assert template.render(chat("a", "b")).text == "Answer the questions.\nUSER: a ASSISTANT: b</s>"
 
 
