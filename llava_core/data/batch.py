@@ -38,6 +38,11 @@ class Example:
         return self.tokens.numel()
 
     @property
+    def image_tokens(self) -> int:
+        """Positions of images."""
+        return len(self.image_starts) * self.visual_tokens
+
+    @property
     def num_labels(self) -> int:
         """Supervised positions that have a predecessor to predict them."""
         return int(self.supervised[1:].sum())

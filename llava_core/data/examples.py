@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from llava_core.data.sources import Place, Source, Sources
 from llava_core.data.tokens import encode_whole
 from llava_core.errors import BadRow, TrainingError
 from llava_core.parent import end_with_parent
+
+T = TypeVar("T")
 
 ROWS_PER_MESSAGE = 8
 """Rows that a worker decodes before it hands them over; a message a row would cost more than the decoding of text."""
@@ -45,10 +47,12 @@ class Built:
     Attributes:
         examples: one as a rule; several pieces of a row that was split; none of one that was dropped.
         overlong: whether the row was longer than a sample may be.
+        lengths: in tokens, of each of the row's sequences as they were before they were fitted.
     """
 
     examples: tuple[Example, ...]
     overlong: bool
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class ExampleBuilder:
                 for piece in pieces
             ),
             overlong=any(whole.length > self.max_length for whole in wholes),
+            lengths=tuple(whole.length for whole in wholes),
         )
 
     def _encode_text(self, source: Source, record: Record) -> Encoded:
@@ -144,8 +149,13 @@ class Rejected:
 
 def decoded(builder: ExampleBuilder, rows: IntArray, num_workers: int) -> Iterator[Built | Rejected]:
     """The examples of these rows, in their order, by `num_workers` processes; by this one without any."""
+    return in_workers(partial(_decode, builder), rows, num_workers)
+
+
+def in_workers(work: Callable[[int], T], rows: IntArray, num_workers: int) -> Iterator[T]:
+    """What `work` gives for each of these rows, in their order, by `num_workers` processes; by this one without any."""
     loader = DataLoader(
-        _Rows(builder, rows),
+        _Rows(work, rows),
         batch_size=None,
         num_workers=num_workers,
         generator=torch.Generator(),  # its own, so that starting workers does not draw from the run's random state
@@ -173,30 +183,41 @@ def naming_killed_workers() -> Iterator[None]:
         ) from error
 
 
-class _Rows(Dataset[list[Built | Rejected]]):
+class _Rows(Dataset[list[T]], Generic[T]):
     """Groups of rows, for PyTorch's loader to hand to its workers."""
 
-    def __init__(self, builder: ExampleBuilder, rows: IntArray) -> None:
-        self.builder = builder
+    def __init__(self, work: Callable[[int], T], rows: IntArray) -> None:
+        self.work = work
         self.rows = rows
 
     def __len__(self) -> int:
         return -(-len(self.rows) // ROWS_PER_MESSAGE)
 
-    def __getitem__(self, group: int) -> list[Built | Rejected]:
+    def __getitem__(self, group: int) -> list[T]:
         rows = self.rows[group * ROWS_PER_MESSAGE : (group + 1) * ROWS_PER_MESSAGE]
-        return [_build_or_reject(self.builder, int(row)) for row in rows]
+        return [self.work(int(row)) for row in rows]
 
 
-def _build_or_reject(builder: ExampleBuilder, index: int) -> Built | Rejected:
-    place = builder.sources.find(index)
-    row_id = f"row-{place.row}"  # for a row that is too broken to tell its own
+def read_or_reject(sources: Sources, place: Place) -> Row | Rejected:
+    """The row at this place, or why it cannot be read."""
     try:
-        row = builder.sources.sources[place.source].reader.read(place.row)
-        row_id = row.id
+        return sources.sources[place.source].reader.read(place.row)
+    except BadRow as bad:  # a row that is too broken to tell its own id
+        return Rejected(f"row-{place.row}", place.row, bad.reason, bad.message, place.source)
+
+
+def build_or_reject(builder: ExampleBuilder, place: Place, row: Row) -> Built | Rejected:
+    """The examples of a row, or why there are none."""
+    try:
         return builder.build(place, row)
     except BadRow as bad:
-        return Rejected(row_id, place.row, bad.reason, bad.message, place.source)
+        return Rejected(row.id, place.row, bad.reason, bad.message, place.source)
+
+
+def _decode(builder: ExampleBuilder, index: int) -> Built | Rejected:
+    place = builder.sources.find(index)
+    row = read_or_reject(builder.sources, place)
+    return row if isinstance(row, Rejected) else build_or_reject(builder, place, row)
 
 
 def _start_worker(trainer: int, _: int) -> None:

@@ -62,6 +62,10 @@ class ImageStore:
         path = self._locate(image)
         return self._decode(image, lambda: path.open("rb"))
 
+    def to_rgb(self, image: Image.Image) -> Image.Image:
+        """The decoded pixels of an image of which only the header was read."""
+        return image.convert("RGB")
+
     def _decode(self, name: str, open_file: Callable[[], BinaryIO]) -> Image.Image:
         try:
             with open_file() as file, warnings.catch_warnings():
@@ -70,7 +74,7 @@ class ImageStore:
                 warnings.filterwarnings("ignore", message="Palette images with Transparency")
                 image = Image.open(file, formats=self._formats)
                 check_size(f"{name!r}", image.size, self.max_pixels)
-                rgb = image.convert("RGB")
+                rgb = self.to_rgb(image)
         except BadRow:  # a ValueError too
             raise
         except Image.DecompressionBombError as error:

@@ -62,11 +62,6 @@ class Batching:
 
     def split(self, examples: Sequence[Example]) -> tuple[Batch, ...]:
         """The micro-batches of these examples."""
-        if self.micro_tokens is not None:
-            groups = pack_samples([example.length for example in examples], self.micro_tokens)
-        else:
-            assert self.micro_size is not None
-            groups = pad_samples(len(examples), self.micro_size)
         return tuple(
             self._sized(
                 build_batch(
@@ -76,8 +71,21 @@ class Batching:
                     padded=self.micro_size is not None,
                 )
             )
-            for group in groups
+            for group in self.groups([example.length for example in examples])
         )
+
+    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which samples of these lengths share a micro-batch."""
+        if self.micro_tokens is not None:
+            return pack_samples(lengths, self.micro_tokens)
+        assert self.micro_size is not None
+        return pad_samples(len(lengths), self.micro_size)
+
+    def num_positions(self, lengths: Sequence[int]) -> int:
+        """How many tokens a micro-batch of samples of these lengths computes, padding included."""
+        if self.num_tokens is not None:
+            return self.num_tokens
+        return sum(lengths) if self.micro_size is None else len(lengths) * max(lengths)
 
     def fillers(self, count: int) -> tuple[Batch, ...]:
         """Micro-batches without samples, so that every process has equally many."""

@@ -111,7 +111,7 @@ def lengthened(batch: Batch, num_tokens: int, pad_id: int) -> Batch:
 
 def _counts(examples: Sequence[Example], num_positions: int) -> Counts:
     tokens = sum(example.length for example in examples)
-    image_tokens = sum(len(example.image_starts) * example.visual_tokens for example in examples)
+    image_tokens = sum(example.image_tokens for example in examples)
     return Counts(
         text_tokens=tokens - image_tokens,
         image_tokens=image_tokens,

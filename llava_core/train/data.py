@@ -32,7 +32,7 @@ from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
 from llava_core.train.agreement import by_first
 from llava_core.train.templates import Templates
-from llava_core.weights.source import ModelSource
+from llava_core.weights.source import ModelFolders
 from llava_core.weights.tokenizer import pad_token_id
 
 INDEX_FOLDER = "index"
@@ -51,19 +51,19 @@ def open_readers(config: RunConfig, registry: Registry, processes: Processes) ->
     return _open_readers(config, registry)
 
 
-def find_processor(config: DataConfig, source: ModelSource) -> ImageProcessor | None:
+def find_processor(config: DataConfig, model: ModelFolders) -> ImageProcessor | None:
     """The image processor of the model's folder, with the config's aspect; None for a language model.
 
     Raises:
         ConfigError: it does not give the image size that the tower takes.
     """
-    if source.processor_folder is None or source.spec.vision is None:
+    if model.processor is None or model.spec.vision is None:
         return None
-    processor = ImageProcessor.from_folder(source.processor_folder, config.image_aspect)
-    expected = source.spec.vision.image_size
+    processor = ImageProcessor.from_folder(model.processor, config.image_aspect)
+    expected = model.spec.vision.image_size
     if processor.output_size != (expected, expected):
         raise ConfigError(
-            f"{source.processor_folder}: its image processor gives {processor.output_size} pixels and the vision tower "
+            f"{model.processor}: its image processor gives {processor.output_size} pixels and the vision tower "
             f"takes {expected} x {expected}; mend preprocessor_config.json."
         )
     return processor

@@ -49,7 +49,7 @@ from llava_core.train.stages import pipeline_stages
 from llava_core.train.templates import find_templates
 from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import PartOf, load_model
-from llava_core.weights.source import ModelSource, compose, composed_spec, folder_spec, from_folder
+from llava_core.weights.source import ModelFolders, ModelSource, compose, composed_spec, folder_spec, from_folder
 from llava_core.weights.tokenizer import load_tokenizer
 
 EXPORT_FOLDER = "hf"
@@ -131,8 +131,8 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     tokenizer = load_tokenizer(source.tokenizer_folder)
     check_vocabulary(tokenizer, source.spec)
     readers = open_readers(config, registry, processes)
-    templates = find_templates(config.data, readers, registry, tokenizer, source)
-    processor = find_processor(config.data, source)
+    templates = find_templates(config.data, readers, registry, tokenizer, source.folders)
+    processor = find_processor(config.data, source.folders)
     loader = build_loader(config, readers, templates, source.spec, tokenizer, processor, data_share(mesh))
     engine = build_engine(config, source, ops, dtype, hardware, mesh, num_tokens=largest_micro_batch(config))
     schedule = build_schedule(config, loader.steps_per_epoch)
@@ -214,6 +214,15 @@ def open_source(config: ModelConfig) -> ModelSource:
         feature_layer=config.vision_feature_layer,
         feature_select=config.vision_feature_select,
     )
+
+
+def open_folders(config: ModelConfig) -> ModelFolders:
+    """What the data depends on of the model that the config names, without its weights. Raises WeightsError."""
+    spec = open_spec(config)
+    if config.path is not None:
+        return ModelFolders(spec, config.path, config.path if spec.vision else None)
+    assert config.language is not None
+    return ModelFolders(spec, config.language, config.vision)
 
 
 def open_spec(config: ModelConfig) -> ModelSpec:

@@ -14,7 +14,7 @@ from llava_core.errors import ConfigError
 from llava_core.inference.chat_template import OWN_TEMPLATE, folder_template
 from llava_core.plugins import Registry
 from llava_core.weights.export import exported_tokenizer
-from llava_core.weights.source import ModelSource
+from llava_core.weights.source import ModelFolders
 
 USUAL_TEMPLATE = "v1"
 """Of conversations, where none is named."""
@@ -34,7 +34,7 @@ class Templates:
 
 
 def find_templates(
-    config: DataConfig, readers: Sequence[Reader], registry: Registry, tokenizer: Any, source: ModelSource
+    config: DataConfig, readers: Sequence[Reader], registry: Registry, tokenizer: Any, model: ModelFolders
 ) -> Templates:
     """The template of each data set, and the one that an export carries.
 
@@ -42,12 +42,12 @@ def find_templates(
         ConfigError: a template for what is no conversation, or none where the export could have several; no chat
             template says what the export's does, so that it would answer otherwise than it learnt.
     """
-    multimodal = source.spec.vision is not None
+    multimodal = model.spec.vision is not None
     names = _template_names(config, readers)
     found: dict[str, Template] = {}
     for name in dict.fromkeys([*names, _exported_name(config, names)]):
         if name == OWN_TEMPLATE:
-            found[name] = folder_template(source.tokenizer_folder, tokenizer, multimodal=multimodal)
+            found[name] = folder_template(model.tokenizer, tokenizer, multimodal=multimodal)
         elif name is not None:
             found[name] = open_template(name, registry)
     export = found[_exported_name(config, names)]

@@ -25,6 +25,21 @@ from llava_core.weights.rows import Sliceable
 
 
 @dataclass(frozen=True)
+class ModelFolders:
+    """What of a model its data depends on.
+
+    Attributes:
+        spec: its numbers.
+        tokenizer: the folder with its tokenizer.
+        processor: the folder with its image processor; None for a language model.
+    """
+
+    spec: ModelSpec
+    tokenizer: Path
+    processor: Path | None
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A model that has not been loaded yet.
 
@@ -45,6 +60,11 @@ class ModelSource:
     files: tuple[Path, ...]
     fresh_projector: bool = False
     remote: RemoteCode | None = None
+
+    @property
+    def folders(self) -> ModelFolders:
+        """What of it is known without its weights."""
+        return ModelFolders(self.spec, self.tokenizer_folder, self.processor_folder)
 
 
 def from_folder(folder: Path) -> ModelSource:
