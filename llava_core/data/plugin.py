@@ -31,6 +31,12 @@ def llava_register_readers() -> list[Contribution]:
             "energon", f"{module}.energon:EnergonReader", "webdataset that energon prepare described", api_version=1
         ),
         Contribution("parquet", f"{module}.parquet:ParquetReader", "parquet, by its columns", api_version=1),
+        Contribution(
+            "datasets",
+            f"{module}.saved_datasets:SavedDatasetReader",
+            "Hugging Face datasets saved to disk, by their columns",
+            api_version=1,
+        ),
         Contribution("megatron", f"{module}.megatron:MegatronReader", "Megatron .bin/.idx: documents", api_version=1),
         Contribution(
             "megatron_sft",

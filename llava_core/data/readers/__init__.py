@@ -21,6 +21,9 @@ SUFFIX_READERS: Mapping[str, str] = {
     ".parquet": "parquet",
 }
 
+SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
+"""One of them is in a folder that `save_to_disk` of Hugging Face's datasets made: of several splits, or of one."""
+
 Content = Literal["conversations", "texts", "tokens"]
 """What the rows of a data set are: `Record`s for a conversation template, `Record`s that are documents, `TokenRow`s."""
 
@@ -71,6 +74,8 @@ def reader_name(path: Path) -> str | None:
         return "megatron"
     if (path / ".nv-meta").is_dir():
         return "energon"
+    if any((path / name).is_file() for name in SAVED_DATASET_FILES):
+        return "datasets"
     return SUFFIX_READERS.get(path.suffix.lower())
 
 
