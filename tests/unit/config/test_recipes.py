@@ -1,5 +1,6 @@
 """The recipes hold the hyper-parameters of their sources: scripts/v1_5/pretrain.sh and finetune.sh of LLaVA-1.5,
-llava_internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_pretrain.py of XTuner, Pai-Megatron-Patch's examples."""
+llava_internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_pretrain.py of XTuner, Pai-Megatron-Patch's examples, NeMo's
+neva_finetune.py."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ GIVEN = {
     **LLAVA15,
     "llava-internlm2-20b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
     "llava-mistral-7b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
+    "neva-7b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
+    "neva-7b-sft": ["model.path=stage1", "data.path=d.json", "data.images=i"],
     "llama31-8b-sft": ["model.path=llama", "data.path=d.json"],
     "llama31-8b-pretrain": ["model.path=llama", "data.path=corpus.idx"],
 }
@@ -97,6 +100,22 @@ def test_llava_mistral_7b() -> None:
     assert (optimizer.warmup_steps, config.train.max_steps, config.batch.global_size) == (200, 20000, 256)
     assert (config.data.max_length, config.train.trainable) == (576 + 1024, ("projector",))
     assert (config.parallel.tensor, config.parallel.pipeline) == (4, 1)
+
+
+def test_neva_7b() -> None:
+    pretrain, sft = recipe("neva-7b-pretrain"), recipe("neva-7b-sft")
+    for config in (pretrain, sft):
+        optimizer = config.optimizer
+        assert (optimizer.betas, optimizer.weight_decay, optimizer.clip_norm) == ((0.9, 0.999), 0, 1)
+        assert (optimizer.schedule, optimizer.final_fraction) == ("cosine", 0)
+        assert (config.data.max_length, config.parallel.tensor, config.train.precision) == (4096, 4, "bf16")
+    lengths = [(config.train.max_steps, config.optimizer.warmup_steps) for config in (pretrain, sft)]
+    assert lengths == [(2176, 65), (5197, 155)]
+    assert (pretrain.optimizer.learning_rate, pretrain.batch.global_size) == (1e-3, 256)
+    assert (sft.optimizer.learning_rate, sft.batch.global_size) == (2e-5, 128)
+    assert (pretrain.data.template, pretrain.data.image_aspect) == ("plain", "square")
+    assert (sft.data.template, sft.data.image_aspect, sft.train.recompute) == ("v1", "pad", "full")
+    assert (pretrain.train.trainable, set(sft.train.trainable)) == (("projector",), {"projector", "language"})
 
 
 @pytest.mark.parametrize("name", [*GIVEN])
