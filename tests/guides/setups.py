@@ -107,7 +107,7 @@ class Folders:
         file = self.root / "alpaca_zh-train-general.json"
         inputs = ("", "红色", "a cat")
         rows = [
-            {"instruction": f"说出数字 {n}。", "input": inputs[n % 3], "output": f"好的：{'一二三'[n % 3]} {n}"}
+            {"instruction": f"说出数字 {n}。", "input": inputs[n % 3], "output": f"好的, {'一二三'[n % 3]} {n}"}
             for n in range(24)
         ]
         file.write_text(json.dumps(rows, ensure_ascii=False))

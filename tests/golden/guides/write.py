@@ -1,7 +1,7 @@
 """Writes the folders beside it as two of the guides do, with the tools that they name.
 
-`python -m tests.golden.guides.write` needs webdataset, megatron-energon (written with 7.4.1) and megatron-core (0.12.1),
-of which no test needs the last two.
+`python -m tests.golden.guides.write` needs webdataset, megatron-energon (written with 7.4.1) and megatron-core
+(0.12.1), of which no test needs the last two.
 """
 
 from __future__ import annotations
