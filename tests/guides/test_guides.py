@@ -1,4 +1,4 @@
-"""Each guide's set-up trains through its recipe, and goes on in the middle of an epoch with other workers: same bits."""
+"""Each guide's set-up trains through its recipe, and goes on inside an epoch with other workers: the same bits."""
 
 from __future__ import annotations
 
