@@ -113,8 +113,14 @@ class DataConfig(Section):
         None,
         description="what becomes of a longer one; if not given, conversations are truncated and documents split",
     )
-    order: Literal["shuffled", "sequential", "modality_length"] = Field(
-        "shuffled", description="modality_length: the original LLaVA's grouping by modality and length"
+    order: Literal["shuffled", "sequential", "modality_length", "length_grouped"] = Field(
+        "shuffled",
+        description="modality_length: the original LLaVA's grouping by modality and length; length_grouped: XTuner's, "
+        "over groups of several steps",
+    )
+    mega_batch_mult: PositiveInt | None = Field(
+        None,
+        description="with order length_grouped: steps of a group; null: 50, or fewer so that an epoch has four groups",
     )
     num_workers: NonNegativeInt = Field(0, description="processes that decode; 0 decodes in the trainer")
     max_bad_fraction: Fraction = Field(0.01, description="the run stops when more rows than this are unusable")
@@ -132,6 +138,12 @@ class DataConfig(Section):
         weighted = [number for number, source in enumerate(self.sources) if source.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             raise ValueError(f"sources {weighted} have a weight and others have none: give each one, or none")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_of_length_grouped(self) -> DataConfig:
+        if self.mega_batch_mult is not None and self.order != "length_grouped":
+            raise ValueError(f"mega_batch_mult means nothing under order {self.order}: leave it out")
         return self
 
     @property

@@ -9,24 +9,35 @@ from typing import Literal
 import numpy as np
 import torch
 
+from llava_core.data.length_groups import length_grouped_order, usual_mega_batch_mult
 from llava_core.data.readers.index import IntArray
 
-Order = Literal["shuffled", "sequential", "modality_length"]
+Order = Literal["shuffled", "sequential", "modality_length", "length_grouped"]
+
+GROUPED_ORDERS: tuple[Order, ...] = ("modality_length", "length_grouped")
+"""Those that need a `Grouping`."""
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """How `modality_length` groups rows.
+    """How rows are grouped.
 
     Attributes:
         lengths: a row's number of words, negative for a row without images, never 0.
         micro_size: rows of a micro-batch on one device.
         num_chunks: micro-batches of an optimizer step over all devices.
+        mega_batch_mult: steps of a group of `length_grouped`; None for `usual_mega_batch_mult`.
     """
 
     lengths: Sequence[int]
     micro_size: int
     num_chunks: int
+    mega_batch_mult: int | None = None
+
+    @property
+    def step_size(self) -> int:
+        """Rows of an optimizer step."""
+        return self.micro_size * self.num_chunks
 
 
 def epoch_order(order: Order, num_rows: int, seed: int, epoch: int, grouping: Grouping | None = None) -> IntArray:
@@ -37,7 +48,10 @@ def epoch_order(order: Order, num_rows: int, seed: int, epoch: int, grouping: Gr
     if order == "shuffled":
         shuffled: IntArray = torch.randperm(num_rows, generator=generator).numpy()
         return shuffled
-    assert grouping is not None, "modality_length needs the rows' lengths"
+    assert grouping is not None, f"{order} needs the rows' lengths"
+    if order == "length_grouped":
+        mult = grouping.mega_batch_mult or usual_mega_batch_mult(num_rows, grouping.step_size)
+        return length_grouped_order(grouping.lengths, mult * grouping.step_size, generator)
     return np.array(modality_length_order(grouping, generator), dtype=np.int64)
 
 
@@ -69,7 +83,7 @@ def _subset_megabatches(rows: list[int], grouping: Grouping, generator: torch.Ge
 
 def _megabatches(lengths: Sequence[int], grouping: Grouping, generator: torch.Generator) -> list[list[int]]:
     """Random groups the size of an optimizer step, each sorted and dealt to its micro-batches."""
-    size = grouping.micro_size * grouping.num_chunks
+    size = grouping.step_size
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     groups = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
     ordered = [sorted(group, key=lambda i: lengths[i], reverse=True) for group in groups]

@@ -21,7 +21,7 @@ from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers import Reader, open_reader, reader_name, unknown_suffix
 from llava_core.data.readers.index import IntArray
 from llava_core.data.records import modality_length
-from llava_core.data.sampler import Grouping, epoch_order
+from llava_core.data.sampler import GROUPED_ORDERS, Grouping, epoch_order
 from llava_core.data.share import WHOLE, Share
 from llava_core.data.sources import Source, Sources
 from llava_core.engine.mesh import Mesh
@@ -153,13 +153,14 @@ def _epoch_order(config: RunConfig, sources: Sources, mixture: Mixture) -> Calla
     """The rows of an epoch in their order, by its number."""
     order, seed, micro_size = config.data.order, config.train.seed, config.batch.micro_size
     chunk = micro_size or 1  # packed micro-batches are formed later, so every row is its own chunk
-    lengths = _modality_lengths(sources) if order == "modality_length" else None
+    lengths = _modality_lengths(sources) if order in GROUPED_ORDERS else None
 
     def ordered(epoch: int) -> IntArray:
         rows = mixture.rows(epoch)
         grouping = None
         if lengths is not None:
-            grouping = Grouping(lengths[rows].tolist(), chunk, config.batch.global_size // chunk)
+            num_chunks = config.batch.global_size // chunk
+            grouping = Grouping(lengths[rows].tolist(), chunk, num_chunks, config.data.mega_batch_mult)
         return rows[epoch_order(order, len(rows), seed, epoch, grouping)]
 
     return ordered

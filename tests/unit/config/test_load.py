@@ -144,6 +144,8 @@ def test_all_problems_are_told_at_once(file: Path) -> None:
         (["optimizer.warmup_tokens=9", "optimizer.warmup_fraction=0.1"], "at most one of warmup_fraction"),
         (["optimizer.schedule=constant", "optimizer.final_fraction=0.1"], "final_fraction means nothing"),
         (["train.epochs=null"], "a run needs an end"),
+        (["data.mega_batch_mult=2"], "mega_batch_mult means nothing under order shuffled"),
+        (["data.order=length_grouped", "data.mega_batch_mult=0"], "data.mega_batch_mult = 0"),
         (["data.path=null"], "set path (one data set), or sources (several)"),
         (["data.sources=[{path: a}]"], "several data sets, so path cannot be set beside it"),
         (["data.path=null", "data.sources=[{path: a}, {path: b, weight: 1}]"], "sources [1] have a weight and others"),

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "padded": ("batch.micro_tokens=null", "batch.micro_size=2"),
     "modality_length": ("batch.micro_tokens=null", "batch.micro_size=2", "data.order=modality_length"),
     "modality_length_packed": ("data.order=modality_length", "train.trainable=[projector]"),
+    "length_grouped": ("data.order=length_grouped", "data.mega_batch_mult=2", "train.trainable=[projector]"),
     "workers": ("data.num_workers=2",),
     "bf16_everything": ("train.precision=bf16", "train.trainable=[vision,projector,language]", "train.recompute=full"),
     "tokens": ("train.max_steps=null", "train.max_tokens=9000"),
