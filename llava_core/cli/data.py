@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from llava_core.cli.data_check import check
+
 data = typer.Typer(name="data", no_args_is_help=True)
 
 
 @data.callback()
 def group() -> None:
     """Work on a data set before a run."""
+
+
+data.command()(check)

@@ -32,6 +32,9 @@ ROWS_PER_MESSAGE = 8
 """Rows that a worker decodes before it hands them over; a message a row would cost more than the decoding of text."""
 
 
+TRAIN_ON = "The last checkpoint is intact. If memory ran out, lower data.num_workers or batch.global_size."
+
+
 @dataclass(frozen=True)
 class ImageSide:
     """How a decoded image becomes pixels."""
@@ -166,9 +169,12 @@ def in_workers(work: Callable[[int], T], rows: IntArray, num_workers: int) -> It
 
 
 @contextmanager
-def naming_killed_workers() -> Iterator[None]:
+def naming_killed_workers(remedy: str = TRAIN_ON) -> Iterator[None]:
     """Around whatever runs while workers decode: PyTorch reports a killed one from a signal handler, wherever the
-    trainer happens to be.
+    process that started it happens to be.
+
+    Args:
+        remedy: what to do about it, as sentences.
 
     Raises:
         TrainingError: a decoding process was killed, e.g. for want of memory.
@@ -178,9 +184,7 @@ def naming_killed_workers() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):  # PyTorch has no class of its own for this
             raise
-        raise TrainingError(
-            f"{error} The last checkpoint is intact. If memory ran out, lower data.num_workers or batch.global_size."
-        ) from error
+        raise TrainingError(f"{error} {remedy}") from error
 
 
 class _Rows(Dataset[list[T]], Generic[T]):

@@ -87,6 +87,11 @@ class Batching:
             return self.num_tokens
         return sum(lengths) if self.micro_size is None else len(lengths) * max(lengths)
 
+    @property
+    def filler_positions(self) -> int:
+        """How many tokens a micro-batch without samples computes."""
+        return self.num_tokens or 1
+
     def fillers(self, count: int) -> tuple[Batch, ...]:
         """Micro-batches without samples, so that every process has equally many."""
         return (self._sized(filler_batch(self.pad_id, self.image_size)),) * count if count else ()

@@ -1,0 +1,55 @@
+"""`llava-core data check`: what is in a run's data, and what of it cannot be used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def check(
+    config: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file: what `train` will be given.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings as key=value, e.g. data.path=data.json.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Processes that decode. [default: one for each CPU]")
+    ] = None,
+    world_size: Annotated[
+        int, typer.Option("--world-size", "--nproc", metavar="N", min=1, help="Processes that will train.")
+    ] = 1,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write. [default: `check` in the run's folder]")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 2 for any bad row.")] = False,
+) -> None:
+    """Make every row ready as `train` would, and say what is in the data and what cannot be used; no weights are read.
+
+    Ends with 2 where a run would stop for its data.
+    """
+    from rich.console import Console
+
+    from llava_core.config import load_config
+    from llava_core.plugins import Registry
+    from llava_core.preflight.check import CHECK_FOLDER, Subject, check_data
+    from llava_core.preflight.report import print_checked, progress_of_rows
+
+    console = Console()
+    checked = load_config(config, overrides or [], options={})
+    subject = Subject.of(checked, Registry.discover(), world_size)
+    folder = checked.output / CHECK_FOLDER if output is None else output
+    num_workers = available_cpus() if workers is None else workers
+    with progress_of_rows(console, len(subject.loader.builder.sources)) as on_row:
+        found = check_data(subject, folder, num_workers, on_row)
+    print_checked(found, subject, console)
+    if found.problems or (strict and found.num_bad):
+        raise typer.Exit(2)
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,173 @@
+"""What a check counts is what the loader and other libraries say of the same data; it disturbs no run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_core.config import RunConfig
+from llava_core.data.batch import Counts
+from llava_core.data.loader import StepLoader
+from llava_core.data.quarantine import Quarantine
+from llava_core.errors import ConfigError
+from llava_core.plugins import Registry
+from llava_core.preflight.check import Checked, Subject, check_data
+from llava_core.preflight.measure import RowFacts, SampleFacts
+from llava_core.preflight.summary import distribution, rows_of_repeated
+from llava_core.preflight.tally import Tally
+from llava_core.testing.datasets import TinyParts
+from tests.unit.preflight.conftest import BAD, settings
+
+
+def checked(config: RunConfig, folder: Path, num_workers: int = 0) -> Checked:
+    return check_data(Subject.of(config, Registry.discover(), 1), folder, num_workers, lambda: None)
+
+
+@pytest.fixture(scope="module")
+def found(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    folder = tmp_path_factory.mktemp("found")
+    return checked(settings(parts, folder / "run"), folder / "check")
+
+
+def test_the_counts_and_the_bad_rows_are_the_loaders(parts: TinyParts, found: Checked, tmp_path: Path) -> None:
+    loader = Subject.of(settings(parts, tmp_path / "run"), Registry.discover(), 1).loader
+    loader = StepLoader(
+        loader.builder, loader.order, loader.num_rows, loader.batching, Quarantine(tmp_path / "run.jsonl", 1.0), 0
+    )
+    steps = list(islice(loader, loader.steps_per_epoch))
+    counts = sum((step.counts for step in steps), Counts())
+    tokens, samples = found.report["tokens"], found.report["samples"]
+    assert (tokens["text"], tokens["image"], tokens["label"]) == (
+        counts.text_tokens,
+        counts.image_tokens,
+        counts.label_tokens,
+    )
+    assert (samples["total"], samples["images"]) == (counts.samples, counts.images)
+    assert found.report["overlong"]["sequences"] == sum(step.num_overlong for step in steps) == 1
+    listed = (found.folder / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(listed) == sorted((tmp_path / "run.jsonl").read_text().splitlines())
+    assert {json.loads(line)["index"]: json.loads(line)["reason"] for line in listed} == BAD
+    assert [json.loads(line)["index"] for line in listed] == sorted(BAD)
+
+
+def test_every_image_is_looked_at_once(parts: TinyParts, found: Checked) -> None:
+    """Also those of rows that cannot be used; the row that cannot be read names none."""
+    rows = json.loads(parts.data.read_text())
+    names = [
+        name
+        for number, row in enumerate(rows)
+        if number != 10
+        for name in ([row["image"]] if isinstance(row.get("image"), str) else row.get("image", []))
+    ]
+    images = found.report["images"]
+    usable = [name for name in names if name not in ("3.png", "5.png", "gone.png")]
+    opened = [Image.open(parts.images / name) for name in usable]
+    assert images["reasons"] == {"missing_image": 2, "broken_image": 1}
+    assert (images["usable"], images["bad"]) == (len(usable), 3)
+    assert images["modes"] == dict(Counter(image.mode for image in opened))
+    assert images["formats"] == dict(Counter(image.format for image in opened))
+    assert images["width"]["max"] == max(image.width for image in opened)
+    assert images["height"]["mean"] == pytest.approx(np.mean([image.height for image in opened]))
+
+
+def test_files_are_the_same_for_any_number_of_workers(parts: TinyParts, found: Checked, tmp_path: Path) -> None:
+    for num_workers in (1, 2):
+        again = checked(settings(parts, tmp_path / "run"), tmp_path / str(num_workers), num_workers)
+        for name in ("check.json", "quarantine.jsonl", "lengths.png"):
+            assert (again.folder / name).read_bytes() == (found.folder / name).read_bytes(), name
+
+
+def test_a_second_check_replaces_the_first(parts: TinyParts, tmp_path: Path) -> None:
+    config = settings(parts, tmp_path / "run")
+    first = (checked(config, tmp_path / "check").folder / "quarantine.jsonl").read_bytes()
+    assert (checked(config, tmp_path / "check").folder / "quarantine.jsonl").read_bytes() == first
+
+
+def test_ids_of_several_rows_are_named(found: Checked) -> None:
+    assert found.report["rows"]["repeated_ids"] == 1
+    assert found.report["rows"]["rows_with_repeated_ids"] == 2
+    assert found.report["repeated_ids"] == [
+        {"id": "row2", "rows": [{"source": 0, "index": 2}, {"source": 0, "index": 16}]}
+    ]
+
+
+def test_few_bad_rows_are_no_problem_and_more_are(parts: TinyParts, tmp_path: Path) -> None:
+    """As of a run, which goes on while they are fewer than ten."""
+    assert checked(settings(parts, tmp_path / "run"), tmp_path / "few").problems == ()
+    rows = json.loads(parts.data.read_text())
+    for row in rows[20:32]:
+        row["conversations"] = []
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    config = settings(parts, tmp_path / "run", data={"path": str(tmp_path / "data.json"), "order": "sequential"})
+    (problem,) = checked(config, tmp_path / "many").problems
+    assert "17 of 40 rows cannot be used (13 malformed_row, 1 broken_image" in problem
+    assert "in step 4 of its first epoch" in problem  # rows 24 to 31: the tenth bad one is row 24
+
+
+def test_data_without_a_sample_is_a_problem(parts: TinyParts, tmp_path: Path) -> None:
+    rows = json.loads(parts.data.read_text())[11:13]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    data = {"path": str(tmp_path / "data.json"), "overlong": "drop", "max_bad_fraction": 1.0}
+    found = checked(settings(parts, tmp_path / "run", data=data), tmp_path / "check")
+    assert found.problems == ("no row becomes a sample to train on: 2 dropped for their length.",)
+    assert found.examples == (None,)
+    assert found.report["epoch"]["real_share"] is None
+    assert found.report["lengths"]["min"] > 256
+
+
+def test_sources_have_their_own_numbers(parts: TinyParts, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("a blue line\n" * 7 + "blue " * 400)
+    sources = [{"path": str(parts.data)}, {"path": str(tmp_path / "lines.txt")}]
+    data: dict[str, Any] = {"path": None, "sources": sources}
+    report = checked(settings(parts, tmp_path / "run", data=data), tmp_path / "check").report
+    first, second = report["sources"]
+    assert (first["template"], second["template"]) == ("v1", "text")
+    assert (first["overlong"]["become"], second["overlong"]["become"]) == (["truncate"], ["split"])
+    assert report["overlong"]["become"] == ["split", "truncate"]
+    assert (second["rows"]["total"], second["rows"]["bad"]) == (8, 0)
+    assert second["samples"]["total"] > 8
+    assert second["images"]["usable"] == 0
+    for section, key in (("rows", "total"), ("rows", "bad"), ("samples", "total"), ("tokens", "label")):
+        assert report[section][key] == first[section][key] + second[section][key]
+
+
+def test_a_runs_own_folder_is_refused_and_left(parts: TinyParts, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "quarantine.jsonl").write_text("mine\n")
+    with pytest.raises(ConfigError, match="is a run's own folder"):
+        checked(settings(parts, tmp_path / "run"), tmp_path)
+    assert (tmp_path / "quarantine.jsonl").read_text() == "mine\n"
+
+
+def test_percentiles_are_values_that_occur() -> None:
+    """Of 1 to 200 the p-th percentile is 2 p: the smallest value that so many in a hundred do not exceed."""
+    found = distribution(np.random.default_rng(0).permutation(np.arange(1, 201)))
+    assert found is not None
+    assert [found[f"p{p}"] for p in (1, 5, 25, 50, 75, 95, 99)] == [2, 10, 50, 100, 150, 190, 198]
+    assert (found["count"], found["min"], found["max"], found["mean"]) == (200, 1, 200, 100.5)
+    assert distribution(np.zeros(0, dtype=np.int64)) is None
+
+
+def test_rows_without_an_id_share_none() -> None:
+    keys = np.array([0, 9, 0, 4, 9, 2**64 - 1, 4, 4, 0], dtype=np.uint64)
+    assert [group.tolist() for group in rows_of_repeated(keys)] == [[1, 4], [3, 6, 7]]
+    assert rows_of_repeated(np.zeros(3, dtype=np.uint64)) == []
+
+
+def test_a_joined_tally_is_that_of_all_rows() -> None:
+    rows = [RowFacts(0, key, None, (key,), (SampleFacts(key, 0, 1, 0),) * (key % 3)) for key in range(1, 9)]
+    whole, parts = Tally(), (Tally(), Tally())
+    for number, row in enumerate(rows):
+        whole.add(row)
+        parts[number >= 5].add(row)
+    joined = Tally.joined(parts)
+    assert joined.num_dropped == whole.num_dropped == 2
+    for name in ("num_samples_of_rows", "keys", "lengths", "samples", "image_sizes"):
+        assert np.array_equal(getattr(joined, name), getattr(whole, name)), name

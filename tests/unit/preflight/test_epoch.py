@@ -1,0 +1,106 @@
+"""What the replay says of an epoch is what the loader does in it."""
+
+from __future__ import annotations
+
+import threading
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llava_core.config import RunConfig
+from llava_core.data.loader import Batching, Step, StepLoader
+from llava_core.data.quarantine import Quarantine
+from llava_core.data.share import Share
+from llava_core.errors import TrainingError
+from llava_core.plugins import Registry
+from llava_core.preflight.check import Subject, check_data
+from llava_core.preflight.epoch import EpochReplay
+from llava_core.testing.datasets import TinyParts
+from tests.unit.preflight.conftest import settings
+
+PACKED: dict[str, Any] = {"global_size": 8, "micro_tokens": 512}
+PADDED: dict[str, Any] = {"global_size": 8, "micro_tokens": None, "micro_size": 2}
+
+
+def steps_of(subject: Subject, folder: Path) -> list[list[Step]]:
+    """The first epoch's steps of each share, as the loader makes them."""
+    loader, count = subject.loader, subject.num_shares
+    barrier, told = threading.Barrier(count), [None] * count
+
+    def own(index: int) -> list[Step]:
+        def gather(value: Any) -> list[Any]:
+            told[index] = value
+            barrier.wait(60)
+            heard = list(told)
+            barrier.wait(60)
+            return heard
+
+        quarantine = Quarantine(folder / f"{index}.jsonl", 1.0)
+        share = Share(index, count, gather)
+        alone = StepLoader(loader.builder, loader.order, loader.num_rows, loader.batching, quarantine, 0, share)
+        return list(islice(alone, alone.steps_per_epoch))
+
+    found: dict[int, list[Step]] = {}
+    threads = [threading.Thread(target=lambda i=index: found.update({i: own(i)})) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return [found[index] for index in range(count)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch", [PACKED, PADDED], ids=["packed", "padded"])
+@pytest.mark.parametrize("order", ["shuffled", "modality_length"])
+def test_micro_batches_are_those_of_the_loader(
+    parts: TinyParts, tmp_path: Path, world_size: int, batch: dict[str, Any], order: str
+) -> None:
+    config = settings(parts, tmp_path / "run", batch=batch, data={"order": order, "max_bad_fraction": 1.0})
+    assert_as_loader(config, tmp_path, world_size)
+
+
+def test_micro_batches_of_a_pipeline_have_one_size(parts: TinyParts, tmp_path: Path) -> None:
+    config = settings(parts, tmp_path / "run", data={"max_bad_fraction": 1.0, "overlong": "split"})
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"pipeline": 2})})
+    assert_as_loader(config, tmp_path, 4)
+
+
+def assert_as_loader(config: RunConfig, folder: Path, world_size: int) -> None:
+    subject = Subject.of(config, Registry.discover(), world_size)
+    epoch = check_data(subject, folder / "check", 0, lambda: None).report["epoch"]
+    shares = steps_of(subject, folder)
+    batches = [batch for steps in shares for step in steps for batch in step.batches]
+    counts = [step.counts for step in shares[0]]
+    assert epoch["data_parallel"] == len(shares)
+    assert epoch["steps"] == len(shares[0])
+    assert epoch["micro_batches"] == len(batches)
+    assert epoch["computed_tokens"] == sum(batch.cu_seqlens_host[-1] for batch in batches)
+    assert epoch["samples"] == sum(count.samples for count in counts)
+    assert epoch["tokens"] == sum(count.tokens for count in counts)
+    assert epoch["real_share"] == epoch["tokens"] / epoch["computed_tokens"]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.2, 0.5])
+def test_it_stops_where_a_run_would(tmp_path: Path, limit: float) -> None:
+    """Fifteen bad rows in the second quarter of 80: what the quarantine says step by step, counted by hand."""
+    counts = np.ones(80, dtype=np.int64)
+    counts[20:35] = -1
+    replay = EpochReplay(counts, np.full(65, 5), Batching(4, 16, None, 0, 1), 1, 16)
+    stopped = replay.run(np.arange(80), Quarantine(tmp_path / "q", limit, writes=False)).stopped
+    quarantine, expected = Quarantine(tmp_path / "q", limit, writes=False), None
+    for step in range(20):
+        for row in range(4 * step, 4 * step + 4):
+            if 20 <= row < 35:
+                quarantine.add(str(row), row, "broken_image", "")
+            else:
+                quarantine.add_good()
+        try:
+            quarantine.check()
+        except TrainingError:
+            expected = step + 1
+            break
+    # By hand: 0 stops at the first bad row, in step 6; of 32 rows 12 are bad, which is 0.375, and ten at least.
+    assert stopped == expected == {0.0: 6, 0.2: 8, 0.5: None}[limit]
