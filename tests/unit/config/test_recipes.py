@@ -115,6 +115,7 @@ def test_neva_7b() -> None:
     assert (sft.optimizer.learning_rate, sft.batch.global_size) == (2e-5, 128)
     assert (pretrain.data.template, pretrain.data.image_aspect) == ("plain", "square")
     assert (sft.data.template, sft.data.image_aspect, sft.train.recompute) == ("v1", "pad", "full")
+    assert (sft.data.order, sft.data.mega_batch_mult) == ("length_grouped", 50)
     assert (pretrain.train.trainable, set(sft.train.trainable)) == (("projector",), {"projector", "language"})
 
 
