@@ -29,11 +29,11 @@ def test_a_run_says_what_it_expects_and_what_it_took(parts: TinyParts, tmp_path:
         train_model(build_config(tiny_settings(parts, tmp_path / "run", "train.max_steps=2")), console=console)
     assert isinstance(console.file, io.StringIO)
     lines = [line for line in console.file.getvalue().splitlines() if line.startswith("memory: ")]
-    assert len(lines) == 2
     assert "at the peak of a step, of 512 tokens a micro-batch" in lines[0]
     if backend_name() == "cpu":
-        assert lines[1].endswith("measured is nothing, as the host knows only whole processes")
+        assert len(lines) == 1
     else:
+        assert len(lines) == 2
         assert "estimated for full micro-batches" in lines[1]
 
 
