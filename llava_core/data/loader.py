@@ -164,6 +164,12 @@ class StepLoader:
                 )
             self.epoch, self.position = self.epoch + 1, 0
 
+    def from_start(self) -> Iterator[Step]:
+        """The steps of the first epoch, once; bad rows are counted anew."""
+        self.epoch, self.position, self.tokens = 0, 0, 0
+        self.quarantine.load_state_dict({"num_good": 0, "reasons": {}})
+        return self._epoch()
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step that was handed out, as JSON values."""
         return {

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from llava_core.data.conversation import Template
 from llava_core.data.image_store import ImageStore
 from llava_core.data.readers import Reader
+from llava_core.data.readers.index import IntArray
 from llava_core.errors import DataError
 
 
@@ -21,15 +22,21 @@ class Source:
     Attributes:
         template: None where the rows are token ids.
         images: where the rows' images are found; None where the model sees none.
+        rows: which of the reader's rows it has; None for all.
     """
 
     reader: Reader
     template: Template | None
     images: ImageStore | None = None
+    rows: IntArray | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.reader) if self.rows is None else len(self.rows)
 
 
 class Place(NamedTuple):
-    """A row: of which source, counted from 0, and which of its rows."""
+    """A row: of which source, counted from 0, and which of its reader's rows."""
 
     source: int
     row: int
@@ -44,7 +51,7 @@ class Sources:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = tuple(sources)
-        self.lengths = tuple(len(source.reader) for source in sources)
+        self.lengths = tuple(source.num_rows for source in sources)
         if not all(self.lengths):
             number = self.lengths.index(0)
             path = self.sources[number].reader.fingerprint.get("path", "")
@@ -59,8 +66,9 @@ class Sources:
 
     def find(self, index: int) -> Place:
         """Which row has this index."""
-        source = bisect_right(self._starts, index) - 1
-        return Place(source, index - self._starts[source])
+        number = bisect_right(self._starts, index) - 1
+        row, rows = index - self._starts[number], self.sources[number].rows
+        return Place(number, row if rows is None else int(rows[row]))
 
     @property
     def fingerprint(self) -> list[Mapping[str, str | int]]:

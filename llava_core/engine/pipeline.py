@@ -13,7 +13,7 @@ Shapes: T tokens of a micro-batch, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -71,12 +71,22 @@ class Pipeline:
         if len(micro_batches) != self._num_batches:
             self._schedule, self._num_batches = self._build_schedule(len(micro_batches)), len(micro_batches)
         assert self._schedule is not None
+        return self._run(self._schedule.step, micro_batches, loss_scale)
+
+    def forward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """The sum of the losses as `backward` gives it, without gradients.
+
+        The schedule is one of its own, which is not kept: torch's keeps each micro-batch's stream to the next step.
+        """
+        return self._run(self._build_schedule(len(micro_batches)).eval, micro_batches, 1.0)
+
+    def _run(self, take: Callable[..., Any], micro_batches: Sequence[MicroBatch], loss_scale: float) -> Tensor:
         self._loss_scale = loss_scale
         # Every schedule takes a stage's micro-batches in their order.
         self._coming = {stage: iter(micro_batches) for stage in self.stages}
         losses: list[Tensor] = []
         try:
-            self._schedule.step(target=torch.arange(len(micro_batches)), losses=losses, return_outputs=False)
+            take(target=torch.arange(len(micro_batches)), losses=losses, return_outputs=False)
         except RuntimeError as error:
             # torch puts its own error around what a stage raised, and hides with it whether other processes are lost.
             raise error.__cause__ or error from None

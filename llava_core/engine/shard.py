@@ -101,3 +101,10 @@ def sum_gradients_now(model: nn.Module, now: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(now)
         model.set_is_last_backward(now)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Frees weights that a forward pass gathered and no backward pass will free."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_core.data.batch import Batch, Labelled
 from llava_core.engine.context import own_labels
@@ -21,7 +22,7 @@ from llava_core.engine.norm import clip_gradients, global_norm
 from llava_core.engine.optimizer import build_optimizer, parameter_groups
 from llava_core.engine.parts import Facts
 from llava_core.engine.pipeline import MicroBatch, Pipeline
-from llava_core.engine.shard import sum_gradients_now
+from llava_core.engine.shard import free_gathered, sum_gradients_now
 from llava_core.engine.state import Stored, collect, restore
 from llava_core.errors import TrainingError
 from llava_core.model.llava import Llava
@@ -128,6 +129,20 @@ class TorchEngine:
             check_scale(self.loss_scale)
         return replace(result, skipped=overflowed)
 
+    def evaluate(self, batches: Sequence[Batch], labelled: Labelled | None = None) -> float:
+        """The mean loss of the labelled tokens of these micro-batches, whatever the loss mode. It keeps nothing for a
+        backward pass, draws no random number and leaves everything as it was.
+
+        Args:
+            labelled: as `step` takes it.
+        """
+        micro_batches = self._weighted("token_mean", batches, labelled or Labelled.of(batches))
+        with evaluating(self.stages):
+            total = self._forward(micro_batches) if self.pipeline is None else self.pipeline.forward(micro_batches)
+        if self.mesh is not None:
+            self.mesh.sum_losses(total)
+        return float(total)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What learns and what the optimizer knows: tensors by logical name, and JSON values. Nothing frozen."""
         return collect(self.trained, self.optimizer, self.hardware.backend.rng, self.loss_scale)
@@ -145,9 +160,7 @@ class TorchEngine:
             self.loss_scale = LossScale(**state["loss_scale"])
 
     def _accumulate(self, batches: Sequence[Batch], labelled: Labelled) -> Tensor:
-        micro_batches = list(zip(batches, label_weights(self.loss, batches, labelled), strict=True))
-        if self.mesh is not None and self.mesh.layout.context > 1:
-            micro_batches = [own_labels(*micro_batch, self.mesh.devices["cp"]) for micro_batch in micro_batches]
+        micro_batches = self._weighted(self.loss, batches, labelled)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         if self.pipeline is not None:
             total = self.pipeline.backward(micro_batches, scale)
@@ -155,6 +168,20 @@ class TorchEngine:
             total = self._backward(micro_batches, scale)
         if self.mesh is not None:
             self.mesh.sum_losses(total)
+        return total
+
+    def _weighted(self, mode: LossMode, batches: Sequence[Batch], labelled: Labelled) -> list[MicroBatch]:
+        """The micro-batches with the weights of those labels that are this process's."""
+        micro_batches = list(zip(batches, label_weights(mode, batches, labelled), strict=True))
+        if self.mesh is not None and self.mesh.layout.context > 1:
+            return [own_labels(*micro_batch, self.mesh.devices["cp"]) for micro_batch in micro_batches]
+        return micro_batches
+
+    def _forward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """The sum of the losses."""
+        total, device = torch.zeros((), device=self.hardware.device), self.hardware.device
+        for batch, weights in micro_batches:
+            total += self.model(batch.to(device), weights.to(device, non_blocking=True))
         return total
 
     def _backward(self, micro_batches: Sequence[MicroBatch], scale: float) -> Tensor:
@@ -208,6 +235,23 @@ class TorchEngine:
             # Not strict: a filler, which every process must compute with the others, has a row and no id.
             found += [id for id, row in zip(batch.ids, rows, strict=False) if not row.all()]
         return found
+
+
+@contextmanager
+def evaluating(stages: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, forward passes are those of evaluation; after it the modules are as they were before."""
+    modes = [(module, module.training) for stage in stages for module in stage.modules()]
+    for stage in stages:
+        stage.eval()
+    try:
+        # Not compiled: torch keeps a limited number of graphs, and those without gradients would take the training's.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for stage in stages:
+            free_gathered(stage)
 
 
 def check_scale(loss_scale: LossScale) -> None:

@@ -41,6 +41,11 @@ def _data_paths(config: RunConfig) -> dict[str, Path | None]:
     named = _source_paths("data", data)
     for number, source in enumerate(data.sources):
         named |= _source_paths(f"data.sources.{number}", source)
+    validation = config.validation
+    if validation is not None:
+        named |= {"validation.path": validation.path, "validation.images": validation.images}
+        for number, source in enumerate(validation.sources):
+            named |= _source_paths(f"validation.sources.{number}", source)
     return named
 
 
@@ -169,6 +174,7 @@ def check_data_settings(config: RunConfig, spec: ModelSpec) -> None:
     idle = [f"data.{key}" for key in idle if getattr(data, key) != type(data).model_fields[key].default]
     if spec.vision is None:
         idle += [f"data.sources.{number}.images" for number, source in enumerate(data.sources) if source.images]
+        idle += ["validation.images"] if config.validation is not None and config.validation.images else []
     if idle:
         raise ConfigError(f"{idle[0]} is set, and this model has no vision tower: leave it out.")
     if data.max_length > spec.text.max_positions:

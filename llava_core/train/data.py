@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from llava_core.config import RunConfig
 from llava_core.config.schema import DataConfig, SourceConfig
 from llava_core.data.examples import ExampleBuilder, ImageSide
+from llava_core.data.held_out import split_rows
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import Batching, StepLoader
@@ -78,15 +80,13 @@ def build_loader(
     processor: ImageProcessor | None,
     share: Share,
 ) -> StepLoader:
-    """The data of the run, this process's share of it."""
+    """The data that the run trains on, this process's share of it."""
     data, seed = config.data, config.train.seed
     multimodal = processor is not None and spec.vision is not None
-    sources = Sources(
-        [
-            Source(reader, template, ImageStore(given.images, data.max_image_pixels) if multimodal else None)
-            for reader, template, given in zip(readers, templates.by_source, data.inputs, strict=True)
-        ]
-    )
+    fraction = config.validation.fraction if config.validation is not None else None
+    sources = build_sources(data, readers, templates, multimodal=multimodal)
+    if fraction is not None:
+        sources = Sources([replace(s, rows=split_rows(s.num_rows, fraction)[0]) for s in sources.sources])
     pad_id = pad_token_id(tokenizer, spec.text.vocab_size)
     builder = ExampleBuilder(
         sources=sources,
@@ -110,6 +110,16 @@ def build_loader(
     quarantine = Quarantine(config.output / "quarantine.jsonl", data.max_bad_fraction, writes=share.writes)
     order = _epoch_order(config, sources, mixture)
     return StepLoader(builder, order, mixture.num_rows, batching, quarantine, data.num_workers, share)
+
+
+def build_sources(data: DataConfig, readers: Sequence[Reader], templates: Templates, *, multimodal: bool) -> Sources:
+    """The data sets with all of their rows. Raises DataError for one without any."""
+    return Sources(
+        [
+            Source(reader, template, ImageStore(given.images, data.max_image_pixels) if multimodal else None)
+            for reader, template, given in zip(readers, templates.by_source, data.inputs, strict=True)
+        ]
+    )
 
 
 def pipelined(config: RunConfig) -> dict[str, Any]:

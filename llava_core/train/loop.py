@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,7 @@ from llava_core.train import report, resume
 from llava_core.train.agreement import agree
 from llava_core.train.flops import step_flops
 from llava_core.train.interrupt import StopRequest, stop_on_signals
-from llava_core.train.metrics import StepMetrics
+from llava_core.train.metrics import StepMetrics, ValidationMetrics
 from llava_core.train.plots import plot_loss
 from llava_core.train.prepare import EXPORT_FOLDER, Run, open_run, prepare
 from llava_core.train.profiling import StepProfiler
@@ -153,7 +153,16 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
         record = stack.enter_context(recording(run, registry, console, done))
         backend = run.hardware.backend
         profiler = stack.enter_context(closing(StepProfiler(backend, config.output, config.log.profile_steps)))
-        while not run.is_over(done) and not stop.agree(gather):
+        if run.validation is not None:
+            run.validation.check()
+        while True:
+            # At once in a resumed run, where a signal kept the step that was saved from it.
+            validate(run, done, stop, record)
+            if saved < done and is_due(config.checkpoint.every_steps, done):
+                saver.save(done)
+                saved = done
+            if run.is_over(done) or stop.agree(gather):
+                break
             saver.settle()
             start, place = time.perf_counter(), run.place(done)
             step, data_seconds = next(timed_steps)
@@ -168,13 +177,19 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
             profiler.after(done)
             if is_due(config.log.every_steps, done) or run.is_over(done):
                 record(measure(run, step, result, done, data_seconds, time.perf_counter() - start))
-            if is_due(config.checkpoint.every_steps, done):
-                saver.save(done)
-                saved = done
         # After the loop, not in it: a signal may come between any look at `stop` and the next.
         if saved < done and (stop.agree(gather) or config.checkpoint.every_steps is not None):
             saver.save_now(done)
     return done
+
+
+def validate(run: Run, done: int, stop: StopRequest, record: Callable[[ValidationMetrics], None]) -> None:
+    """Try the model on the validation data, if that is due after `done` steps; a stop request cuts it short."""
+    validation = run.validation
+    if validation is not None and validation.is_due(done, at_end=run.is_over(done)):
+        found = validation.measure(run.engine, done, lambda: stop.agree(run.processes.gather))
+        if found is not None:
+            record(found)
 
 
 def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: float, seconds: float) -> StepMetrics:

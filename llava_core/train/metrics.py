@@ -14,6 +14,9 @@ from llava_core.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
 
+VALIDATION_LOSS = "validation_loss"
+"""The key that only lines of validations have."""
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -59,31 +62,59 @@ class StepMetrics:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class ValidationMetrics:
+    """The model on the validation data, after `step` optimizer steps.
+
+    Attributes:
+        validation_loss: mean over the supervised tokens of all samples, whatever `train.loss` weights.
+        validation_perplexity: e to the power of it.
+        validation_time: seconds, the data included.
+        validation_label_tokens, validation_samples: how many supervised tokens there were, in how many samples.
+    """
+
+    step: int
+    validation_loss: float
+    validation_perplexity: float
+    validation_time: float
+    validation_label_tokens: int
+    validation_samples: int
+
+
 class Tracker(Protocol):
     """Somewhere else that metrics go."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The numbers of one step."""
+        """The numbers of one step, or of the validation after it, whose names begin with `validation_`."""
 
     def close(self) -> None:
         """The run has ended; nothing more comes."""
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run's folder. Lines beyond the step that a run resumes from are taken off first."""
+    """`metrics.jsonl` of a run's folder. Lines of what a resumed run does again are taken off first.
 
-    def __init__(self, folder: Path, resumed_step: int) -> None:
+    Args:
+        resumed_step: that it resumes from.
+        validated_step: the last step whose validation it does not repeat.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int, validated_step: int = 0) -> None:
         self.path = folder / METRICS_FILE
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(folder) if row["step"] <= resumed_step]
+        kept = [
+            row
+            for row in _read_lines(folder)
+            if row["step"] <= (validated_step if VALIDATION_LOSS in row else resumed_step)
+        ]
         # Through another name: a run that dies here must not lose the lines of the steps it resumed from.
         rewritten = self.path.with_name(METRICS_FILE + ".partial")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(rewritten, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def log(self, metrics: StepMetrics) -> None:
-        """Append a step; the line has left the process on return. JSON has no infinity: what is not finite is null."""
+    def log(self, metrics: StepMetrics | ValidationMetrics) -> None:
+        """Append a line; the line has left the process on return. JSON has no infinity: what is not finite is null."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(metrics).items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
@@ -94,11 +125,20 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl`; none where there is no file. A line cut short by a crash is left out.
+    """The steps in a run's `metrics.jsonl`; none where there is no file. A line cut short by a crash is left out.
 
     Raises:
         DataError: a whole line that is not JSON.
     """
+    return [row for row in _read_lines(folder) if VALIDATION_LOSS not in row]
+
+
+def read_validations(folder: Path) -> list[dict[str, float]]:
+    """The validations in it. Raises as `read_metrics`."""
+    return [row for row in _read_lines(folder) if VALIDATION_LOSS in row]
+
+
+def _read_lines(folder: Path) -> list[dict[str, float]]:
     path = folder / METRICS_FILE
     if not path.is_file():
         return []

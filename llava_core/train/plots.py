@@ -10,19 +10,22 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from llava_core.train.metrics import read_metrics
+from llava_core.train.metrics import read_metrics, read_validations
 
 SMOOTHING = 0.9
 """Weight of the past in the smoothed curve; its first steps are corrected for starting at nothing."""
 
 
 def plot_loss(folder: Path) -> Path:
-    """`loss.png` of a run's folder: the loss and the learning rate over the steps, from its metrics."""
+    """`loss.png` of a run's folder: the losses and the learning rate over the steps, from its metrics."""
     rows = read_metrics(folder)
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="loss")
     axes.plot(steps, smooth(losses), color="tab:blue", label="loss, smoothed")
+    if validations := read_validations(folder):
+        found = [row["step"] for row in validations], [row["validation_loss"] for row in validations]
+        axes.plot(*found, color="tab:green", marker="o", markersize=4, label="validation loss")
     axes.set(xlabel="optimizer step", ylabel="loss", title=folder.name)
     axes.grid(alpha=0.3)
     rate = axes.twinx()

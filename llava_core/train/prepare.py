@@ -28,7 +28,6 @@ from llava_core.engine.recompute import Keeping, arrange_layers
 from llava_core.engine.shard import Sharding, part_of, shard_data
 from llava_core.engine.tensor import check_tensor, shard_tensors
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
-from llava_core.errors import ConfigError
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
@@ -44,9 +43,10 @@ from llava_core.train.checks import (
     check_vocabulary,
 )
 from llava_core.train.data import build_loader, data_share, find_processor, largest_micro_batch, open_readers
-from llava_core.train.schedule import Schedule, Unit, warmup_length
+from llava_core.train.schedule import Schedule, build_schedule
 from llava_core.train.stages import pipeline_stages
 from llava_core.train.templates import find_templates
+from llava_core.train.validation import Validation, build_validation
 from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import PartOf, load_model
 from llava_core.weights.source import ModelFolders, ModelSource, compose, composed_spec, folder_spec, from_folder
@@ -71,10 +71,16 @@ class Run:
     loader: StepLoader
     engine: TorchEngine
     schedule: Schedule
+    validation: Validation | None = None
 
     def place(self, done: int) -> int:
         """How far the run is after `done` steps, in the schedule's unit."""
         return done if self.schedule.unit == "steps" else self.loader.tokens
+
+    @property
+    def validated(self) -> int:
+        """The step after which the model was last validated; 0 for none."""
+        return 0 if self.validation is None else self.validation.validated
 
     def is_over(self, done: int) -> bool:
         """Whether these were all of its steps."""
@@ -134,11 +140,22 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     templates = find_templates(config.data, readers, registry, tokenizer, source.folders)
     processor = find_processor(config.data, source.folders)
     loader = build_loader(config, readers, templates, source.spec, tokenizer, processor, data_share(mesh))
+    validation = build_validation(config, registry, processes, source.folders, templates, loader)
     engine = build_engine(config, source, ops, dtype, hardware, mesh, num_tokens=largest_micro_batch(config))
     schedule = build_schedule(config, loader.steps_per_epoch)
-    template = templates.export
     return Run(
-        config, processes, hardware, source, selections, tokenizer, template, processor, loader, engine, schedule
+        config,
+        processes,
+        hardware,
+        source,
+        selections,
+        tokenizer,
+        templates.export,
+        processor,
+        loader,
+        engine,
+        schedule,
+        validation,
     )
 
 
@@ -252,22 +269,6 @@ def optimizer_settings(config: RunConfig, trainable: frozenset[str]) -> Optimize
         clip_norm=settings.clip_norm,
         on_host=config.parallel.offload,
     )
-
-
-def build_schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
-    """The learning rate over the steps, or the tokens, that the run will take."""
-    train, settings = config.train, config.optimizer
-    unit: Unit = "steps" if train.max_tokens is None else "tokens"
-    limits = [train.max_tokens, train.max_steps, train.epochs and train.epochs * steps_per_epoch]
-    total = min(limit for limit in limits if limit is not None)
-    given = settings.warmup_steps if train.max_tokens is None else settings.warmup_tokens
-    warmup = warmup_length(total, fraction=settings.warmup_fraction, given=given)
-    if warmup > total:
-        raise ConfigError(f"optimizer.warmup_{unit} = {warmup}: the run has only {total} {unit}.")
-    recorded = config.log.profile_steps
-    if unit == "steps" and recorded is not None and recorded[1] > total:
-        raise ConfigError(f"log.profile_steps = {list(recorded)}: the run has only {total} steps.")
-    return Schedule(settings.schedule, total, warmup, settings.final_fraction, unit)
 
 
 def seed_everything(seed: int, hardware: Hardware) -> None:

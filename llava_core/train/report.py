@@ -16,10 +16,11 @@ from llava_core.backend import Selection
 from llava_core.data.loader import Step
 from llava_core.data.tokens import describe, render_supervised
 from llava_core.model.freeze import PARTS
-from llava_core.train.metrics import StepMetrics
+from llava_core.train.metrics import StepMetrics, ValidationMetrics
 from llava_core.train.prepare import Run
 from llava_core.train.schedule import Schedule
 from llava_core.train.stages import pipeline_stages
+from llava_core.train.validation import Validation
 from llava_core.weights.load import outline
 
 
@@ -44,6 +45,8 @@ def print_plan(run: Run, console: Console) -> None:
             learns += ", fresh" if part == "projector" and run.source.fresh_projector else ""
             table.add_row(part, f"{sum(sizes):,} parameters, {learns}")
     table.add_row("data", described_data(run))
+    if run.validation is not None:
+        table.add_row("validation", described_validation(run, run.validation))
     table.add_row("tokenizer", describe(run.tokenizer))
     table.add_row("length", described_length(run))
     console.print(Panel(table, title="plan", title_align="left"))
@@ -84,8 +87,27 @@ def described_data(run: Run) -> str:
         name = f"{given.path.name}: " if len(sources) > 1 else ""
         how = "token ids" if source.template is None else f"template {source.template.name}"
         weight = "" if given.weight is None else f", weight {given.weight:g}"
-        lines.append(f"{name}{len(source.reader):,} rows, {how}{weight}")
+        lines.append(f"{name}{source.num_rows:,} rows, {how}{weight}")
     return "\n".join(lines)
+
+
+def described_validation(run: Run, validation: Validation) -> str:
+    """What is validated on, and when."""
+    settings, total = run.config.validation, len(validation.loader.builder.sources)
+    assert settings is not None
+    held_out = "" if settings.fraction is None else " held out of the data"
+    rows = f"{validation.loader.num_rows:,} of {total:,}" if validation.loader.num_rows < total else f"{total:,}"
+    often = "" if settings.every_steps is None else f"every {settings.every_steps:,} steps and "
+    return f"{rows} rows{held_out}, {often}at the end"
+
+
+def print_validation(metrics: ValidationMetrics, title: str, console: Console) -> None:
+    """One line for a validation."""
+    console.print(
+        f"{title}: validation after step {metrics.step}  loss {metrics.validation_loss:.3f}  perplexity "
+        f"{metrics.validation_perplexity:.2f}  of {metrics.validation_label_tokens:,} tokens",
+        markup=False,
+    )
 
 
 def kernel_table(selections: Mapping[str, Selection]) -> Table:

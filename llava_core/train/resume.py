@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "train.offload_activations",
     "data.num_workers",
     "data.max_bad_fraction",
+    "validation.",
     # Where the files lie; what they hold is compared by itself.
     "data.path",
     "data.images",
@@ -44,7 +45,7 @@ FREE_TO_CHANGE = (
 """Settings that do not change the numbers of a run beyond the order of sums; those that end in a dot stand for a
 section, and those of a list's entries are written without its number."""
 
-NOT_FREE = ("parallel.reduce_dtype",)
+NOT_FREE = ("parallel.reduce_dtype", "validation.fraction")
 """What of these sections changes the numbers."""
 
 HEAD_BYTES = 1 << 20
@@ -67,6 +68,7 @@ def draft(run: Run, step: int) -> Draft:
     state: dict[str, Any] = {
         "engine": engine_state,
         "loader": run.loader.state_dict(),
+        "validated": run.validated,
         "settings": _settings(run),
         "weights": _weights_fingerprint(run),
         "environment": {
@@ -114,6 +116,8 @@ def _restore(run: Run, saved: Checkpoint) -> None:
     _check_same_run(saved.state, run, saved.path.parent)
     run.engine.load_state(saved, saved.state["engine"])
     run.loader.load_state_dict(saved.state["loader"])
+    if run.validation is not None:
+        run.validation.validated = saved.state["validated"]
 
 
 def _differences(environment: Mapping[str, Any], run: Run) -> list[str]:

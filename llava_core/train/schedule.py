@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from llava_core.config import RunConfig
+from llava_core.errors import ConfigError
+
 Unit = Literal["steps", "tokens"]
 """What a run's length is counted in."""
 
@@ -38,6 +41,22 @@ class Schedule:
         progress = (place - self.warmup) / max(1, self.total - self.warmup)
         fall = 0.5 * (1 + math.cos(math.pi * progress)) if self.shape == "cosine" else 1 - progress
         return self.final_fraction + (1 - self.final_fraction) * max(0.0, fall)
+
+
+def build_schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
+    """The learning rate over the steps, or the tokens, that the run will take."""
+    train, settings = config.train, config.optimizer
+    unit: Unit = "steps" if train.max_tokens is None else "tokens"
+    limits = [train.max_tokens, train.max_steps, train.epochs and train.epochs * steps_per_epoch]
+    total = min(limit for limit in limits if limit is not None)
+    given = settings.warmup_steps if train.max_tokens is None else settings.warmup_tokens
+    warmup = warmup_length(total, fraction=settings.warmup_fraction, given=given)
+    if warmup > total:
+        raise ConfigError(f"optimizer.warmup_{unit} = {warmup}: the run has only {total} {unit}.")
+    recorded = config.log.profile_steps
+    if unit == "steps" and recorded is not None and recorded[1] > total:
+        raise ConfigError(f"log.profile_steps = {list(recorded)}: the run has only {total} steps.")
+    return Schedule(settings.schedule, total, warmup, settings.final_fraction, unit)
 
 
 def warmup_length(total: int, *, fraction: float | None, given: int | None) -> int:

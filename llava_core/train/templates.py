@@ -26,10 +26,12 @@ class Templates:
 
     Attributes:
         export: what an export's chat template writes.
+        exported: the config's name of it.
         by_source: None where a source holds token ids.
     """
 
     export: Template
+    exported: str
     by_source: tuple[Template | None, ...]
 
 
@@ -45,14 +47,15 @@ def find_templates(
     multimodal = model.spec.vision is not None
     names = _template_names(config, readers)
     found: dict[str, Template] = {}
-    for name in dict.fromkeys([*names, _exported_name(config, names)]):
+    exported = _exported_name(config, names)
+    for name in dict.fromkeys([*names, exported]):
         if name == OWN_TEMPLATE:
             found[name] = folder_template(model.tokenizer, tokenizer, multimodal=multimodal)
         elif name is not None:
             found[name] = open_template(name, registry)
-    export = found[_exported_name(config, names)]
+    export = found[exported]
     exported_tokenizer(tokenizer, export, multimodal=multimodal)
-    return Templates(export, tuple(None if name is None else found[name] for name in names))
+    return Templates(export, exported, tuple(None if name is None else found[name] for name in names))
 
 
 def _template_names(config: DataConfig, readers: Sequence[Reader]) -> list[str | None]:

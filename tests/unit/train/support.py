@@ -24,7 +24,7 @@ from llava_core.train.prepare import Run, open_run, prepare
 from llava_core.train.stored import Checkpoint
 from tests.hardware import backend_name
 
-TIMINGS = {"data_time", "time", "tflops", "tokens_per_sec", "text_tokens_per_sec", "memory"}
+TIMINGS = {"data_time", "time", "tflops", "tokens_per_sec", "text_tokens_per_sec", "memory", "validation_time"}
 """What a clock or the machine decides: everything else in a line of metrics repeats bit for bit."""
 
 

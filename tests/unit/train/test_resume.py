@@ -31,9 +31,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "workers": ("data.num_workers=2",),
     "bf16_everything": ("train.precision=bf16", "train.trainable=[vision,projector,language]", "train.recompute=full"),
     "tokens": ("train.max_steps=null", "train.max_tokens=9000"),
+    "validated": ("validation.fraction=0.3", "validation.every_steps=2"),
     "fp16": ("train.precision=fp16", "train.loss=sequence_mean"),
 }
-QUICK = ("packed", "modality_length", "tokens")
+QUICK = ("packed", "modality_length", "tokens", "validated")
 
 
 @dataclass(frozen=True)
