@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from llava_core.config.schema import NOT_GIVEN, RunConfig
+from llava_core.config.schema import RunConfig
+from llava_core.config.section import NOT_GIVEN
 from llava_core.errors import ConfigError
 
 RECIPES = "llava_core.config.recipes"

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from llava_core.config import RunConfig
-from llava_core.config.schema import DataConfig, SourceConfig
+from llava_core.config.data_sets import SourceConfig
+from llava_core.config.schema import DataConfig
 from llava_core.data.examples import ExampleBuilder, ImageSide
 from llava_core.data.held_out import split_rows
 from llava_core.data.image_store import ImageStore

@@ -77,7 +77,7 @@ def test_an_unknown_key_names_the_nearest(file: Path, override: str, key: str, n
 
 
 def test_a_key_like_no_other_lists_the_sections(file: Path) -> None:
-    assert "no such key. Sections: output, model, data, batch" in problem(file, "zzz=1")
+    assert "no such key. Sections: output, model, data, validation, batch" in problem(file, "zzz=1")
 
 
 @pytest.mark.parametrize(
