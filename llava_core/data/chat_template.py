@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+IMAGES_IN_PLACE = "{#- images stay where they are written -#}"
+"""A comment in the chat templates of exports, for whoever moved images to the front of their messages before."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTemplate(Template):
     """A tokenizer's own chat template; make one with `tokenizer_template`.
@@ -97,7 +101,11 @@ def tokenizer_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         raise ConfigError("the chat template does not write the assistant's text; choose a built-in template")
     end = suffix.rstrip() or suffix
     return TokenizerTemplate(
-        name="tokenizer", stop=(end,) if end else (), tokenizer=tokenizer, num_trailing=len(suffix) - len(end)
+        name="tokenizer",
+        stop=(end,) if end else (),
+        after_image=None if IMAGES_IN_PLACE in tokenizer.chat_template else "\n",
+        tokenizer=tokenizer,
+        num_trailing=len(suffix) - len(end),
     )
 
 

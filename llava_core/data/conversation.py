@@ -60,6 +60,9 @@ class Template(ABC):
         name: what a configuration calls it.
         stop: strings that end an answer; the tokenizer's EOS may be among them.
         adds_bos: see `Conversation`.
+        image: how an image is written, `<image>` standing for its visual tokens.
+        after_image: what separates an image from its message, which it is moved in front of, several as one; None
+            leaves images where they are written.
         jinja: a chat template over `messages` that writes the same text, for exports; the built-in templates have
             theirs in `weights/chat_templates.py`.
     """
@@ -67,6 +70,8 @@ class Template(ABC):
     name: str
     stop: tuple[str, ...]
     adds_bos: bool = True
+    image: str = IMAGE_MARK
+    after_image: str | None = "\n"
     jinja: str | None = None
 
     def render(self, turns: Sequence[Turn]) -> Conversation:
@@ -76,7 +81,7 @@ class Template(ABC):
             BadRow: `role_order` if the roles do not alternate from human to a last assistant; `no_supervised_token` if
                 every answer is empty; what the template itself refuses.
         """
-        conversation = join_spans(self._spans(_checked(turns, "assistant")), self.adds_bos)
+        conversation = join_spans(self._spans(self._checked(turns, "assistant")), self.adds_bos)
         if conversation.is_prompt:
             raise BadRow("no_supervised_token", "every answer is empty; give the row an answer or remove it")
         return conversation
@@ -87,8 +92,25 @@ class Template(ABC):
         Raises:
             BadRow: `role_order` if the roles do not alternate from human to a last human.
         """
-        spans = self._prompt_spans(_checked(turns, "human"))
+        spans = self._prompt_spans(self._checked(turns, "human"))
         return join_spans([replace(span, trainable=False) for span in spans], self.adds_bos)
+
+    def _checked(self, turns: Sequence[Turn], last: Role) -> list[Turn]:
+        """Turns that alternate from human to `last`, with their images in place (train.py, preprocess_multimodal)."""
+        kept = turns[1:] if turns and turns[0].role == "assistant" else turns
+        roles = [turn.role for turn in kept]
+        expected = ["assistant" if index % 2 else "human" for index in range(len(kept))]
+        if not kept or roles != expected or roles[-1] != last:
+            found = ", ".join(turn.role for turn in turns) or "no turns"
+            raise BadRow("role_order", f"expected human and assistant in alternation, {last} last; found {found}")
+        return [replace(turn, text=self._with_image(turn.text)) for turn in kept]
+
+    def _with_image(self, text: str) -> str:
+        if IMAGE_MARK not in text:
+            return text
+        if self.after_image is None:
+            return text.replace(IMAGE_MARK, self.image)
+        return f"{self.image}{self.after_image}{text.replace(IMAGE_MARK, '').strip()}".strip()
 
     @abstractmethod
     def _spans(self, turns: Sequence[Turn]) -> list[Span]:
@@ -109,25 +131,9 @@ def check_image_count(conversation: Conversation, num_images: int) -> None:
         raise BadRow(
             "image_count",
             f"the text has room for {conversation.num_images} images and the row lists {num_images}; write one "
-            f"{IMAGE_MARK} for each image, each in a turn of its own (marks in one turn become one)",
+            f"{IMAGE_MARK} for each image, each in a turn of its own (marks in one turn become one, but for a template "
+            "whose after_image is null)",
         )
-
-
-def _checked(turns: Sequence[Turn], last: Role) -> list[Turn]:
-    """Turns that alternate from human to `last`, each with its image in front (train.py, preprocess_multimodal)."""
-    kept = turns[1:] if turns and turns[0].role == "assistant" else turns
-    roles = [turn.role for turn in kept]
-    expected = ["assistant" if index % 2 else "human" for index in range(len(kept))]
-    if not kept or roles != expected or roles[-1] != last:
-        found = ", ".join(turn.role for turn in turns) or "no turns"
-        raise BadRow("role_order", f"expected human and assistant in alternation, {last} last; found {found}")
-    return [replace(turn, text=_image_first(turn.text)) for turn in kept]
-
-
-def _image_first(text: str) -> str:
-    if IMAGE_MARK not in text:
-        return text
-    return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
 
 
 def join_spans(spans: Sequence[Span], adds_bos: bool, adds_eos: bool = False) -> Conversation:

@@ -21,6 +21,7 @@ class TextTemplate(Template):
 
     name: str = "text"
     stop: tuple[str, ...] = ()
+    after_image: str | None = None
     jinja: str | None = CONTENTS
 
     def render(self, turns: Sequence[Turn]) -> Conversation:

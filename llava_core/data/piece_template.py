@@ -8,7 +8,9 @@
 `{text}` stands for the message; a piece that holds it is left out where the message is empty. What comes before it in
 `assistant` opens an answer that is to be generated. Further keys: `first_human` in place of `human` for the first
 message, `strip: true` for messages without white space around them, `bos: false` where the tokenizer's BOS is not to
-be put in front, `needs_question: true` to refuse rows whose first message is empty.
+be put in front, `needs_question: true` to refuse rows whose first message is empty; `image`, how an image is written
+(`<image>`, around which tokens may stand), and `after_image`, what separates it from the message that it is moved in
+front of (a line break), where `null` leaves images where the messages have them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from llava_core.data.conversation import Span, Template
-from llava_core.data.records import Turn
+from llava_core.data.records import IMAGE_MARK, Turn
 from llava_core.errors import BadRow, ConfigError
 
 MESSAGE = "{text}"
@@ -111,6 +113,8 @@ def parse_template(text: str, name: str, where: str) -> PieceTemplate:
         first_human=file.human if file.first_human is None else file.first_human,
         human=file.human,
         assistant=file.assistant,
+        image=file.image,
+        after_image=file.after_image,
         strip=file.strip,
         needs_question=file.needs_question,
     )
@@ -143,6 +147,22 @@ class _File(BaseModel):
     bos: bool = True
     strip: bool = False
     needs_question: bool = False
+    image: str = IMAGE_MARK
+    after_image: str | None = "\n"
+
+    @field_validator("image")
+    @classmethod
+    def _one_image(cls, text: str) -> str:
+        if (count := text.count(IMAGE_MARK)) != 1:
+            raise ValueError(f"expected {IMAGE_MARK} once, found it {count} times")
+        return text
+
+    @field_validator("after_image")
+    @classmethod
+    def _no_image(cls, text: str | None) -> str | None:
+        if text is not None and IMAGE_MARK in text:
+            raise ValueError(f"expected what follows an image, without {IMAGE_MARK}")
+        return text
 
     @field_validator("start", "first_human", "human", "assistant", "stop", mode="before")
     @classmethod

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from llava_core.data.chat_template import TokenizerTemplate
+from llava_core.data.chat_template import IMAGES_IN_PLACE, TokenizerTemplate
 from llava_core.data.conversation import Span, Template
 from llava_core.data.piece_template import MESSAGE, PieceTemplate
 from llava_core.data.templates import PlainTemplate
 from llava_core.errors import ConfigError
 
-# A message's parts joined to one string, its image moved to the front, as `Template` does before it writes a turn.
+# A message's parts joined to one string, with its image as `Template` has it before it writes a turn.
 FLATTEN = """\
 {%- set ns = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
@@ -34,14 +34,17 @@ FLATTEN = """\
       {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
-  {%- if ns.text.split('<image>') | length > 2 -%}
-    {{- raise_exception('this model was trained with at most one image in a message') -}}
-  {%- elif '<image>' in ns.text -%}
-    {%- set ns.text = ('<image>\\n' + ns.text.replace('<image>', '').strip()).strip() -%}
-  {%- endif -%}
+@IMAGE@
   {%- set ns.messages = ns.messages + [dict(message, content=ns.text)] -%}
 {%- endfor -%}
 {%- set messages = ns.messages %}"""
+
+IMAGE_FIRST = """\
+  {%- if ns.text.split('<image>') | length > 2 -%}
+    {{- raise_exception('this model was trained with at most one image in a message') -}}
+  {%- elif '<image>' in ns.text -%}
+    {%- set ns.text = (@FRONT@ + ns.text.replace('<image>', '').strip()).strip() -%}
+  {%- endif -%}"""
 
 # The roles that the built-in templates were trained with; a leading assistant turn is dropped, once.
 CHECK_ROLES = """\
@@ -79,9 +82,17 @@ def chat_template(template: Template, *, multimodal: bool, bos: str) -> str:
     if isinstance(template, TokenizerTemplate):
         own = template.tokenizer.chat_template
         assert isinstance(own, str)  # `tokenizer_template` saw to it
-        return FLATTEN + own if multimodal else own
+        return _flatten(template) + own if multimodal else own
     start = f"{{{{- {json.dumps(bos)} -}}}}\n" if template.adds_bos and not multimodal else ""
-    return FLATTEN + CHECK_ROLES + start + _body(template)
+    return _flatten(template) + CHECK_ROLES + start + _body(template)
+
+
+def _flatten(template: Template) -> str:
+    if template.after_image is None:
+        image = f"  {IMAGES_IN_PLACE}{{%- set ns.text = ns.text.replace('<image>', {_literal(template.image)}) -%}}"
+    else:
+        image = IMAGE_FIRST.replace("@FRONT@", _literal(template.image + template.after_image))
+    return FLATTEN.replace("@IMAGE@", image)
 
 
 def _body(template: Template) -> str:

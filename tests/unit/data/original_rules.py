@@ -62,6 +62,25 @@ def prepare(messages: Messages) -> Messages:
     return result
 
 
+def prepare_first_llava(messages: Messages, *, sep_image_conv_front: bool, use_im_start_end: bool) -> Messages:
+    """LLaVA's options until July 2023 (train.py of b4be90b), which NeMo's NeVA keeps: the image of the first message in
+    a turn of its own, or where it stands; its place between two tokens. `v1`'s separator and role."""
+    assert not sep_image_conv_front or "<image>" in (messages[0][1] or "")
+    result: Messages = []
+    for number, (who, said) in enumerate(messages):
+        said = said or ""
+        if sep_image_conv_front and number == 0:
+            said = "<image>" + " " + "USER" + ": " + said.replace("<image>", "").strip()
+        place = "<im_start>" + "<image>" + "<im_end>" if use_im_start_end else "<image>"
+        result.append((who, said.replace("<image>", place)))
+    return result
+
+
+def prepare_im_start_end(messages: Messages) -> Messages:
+    """LLaVA-1.5 with mm_use_im_start_end."""
+    return [(who, said and said.replace("<image>", "<im_start><image><im_end>")) for who, said in prepare(messages)]
+
+
 def build_text(template: str, messages: Messages) -> str:
     """The conversation as the original writes it; `messages` are prepared, and the last may be an open answer."""
     if template == "plain":

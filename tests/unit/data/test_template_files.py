@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 import sentencepiece
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llava_core.data.conversation import Span
+from llava_core.data.documents import TEXT
 from llava_core.data.piece_template import parse_template, read_template
 from llava_core.data.records import Turn
 from llava_core.data.templates import BUILTIN_TEMPLATES, FILES, INTERNLM2, V1, open_template
@@ -20,9 +23,11 @@ from llava_core.data.tokens import encode
 from llava_core.errors import BadRow, ConfigError, PluginError
 from llava_core.plugins import Registry
 from llava_core.weights.tokenizer import load_tokenizer
+from tests.unit.data import original_rules as original
 from tests.unit.data.original_rules import XTUNER
 from tests.unit.weights.internlm2_folder import save_tokenizer
 
+V1_FILE = (resources.files(FILES) / "v1.yaml").read_text(encoding="utf-8")
 OWN = """\
 start: ["<<sys>>{}\\n"]
 first_human: ["Q1:", "{text}|"]
@@ -76,6 +81,59 @@ def test_the_example_of_the_docs_is_a_template() -> None:
     assert template.render(chat("a", "b")).text == "Answer the questions.\nUSER: a ASSISTANT: b</s>"
 
 
+# --- images beside LLaVA's own rules for them, of each option of its and NeMo's
+
+IMAGES: dict[str, tuple[str, Callable[[original.Messages], original.Messages]]] = {
+    "mm_use_im_start_end": ("image: <im_start><image><im_end>", original.prepare_im_start_end),
+    "sep_image_conv_front": (
+        'after_image: " USER: "',
+        partial(original.prepare_first_llava, sep_image_conv_front=True, use_im_start_end=False),
+    ),
+    "both, of the first LLaVA": (
+        'image: <im_start><image><im_end>\nafter_image: " USER: "',
+        partial(original.prepare_first_llava, sep_image_conv_front=True, use_im_start_end=True),
+    ),
+    "neither, of the first LLaVA": (
+        "after_image: null",
+        partial(original.prepare_first_llava, sep_image_conv_front=False, use_im_start_end=False),
+    ),
+    "use_im_start_end, of the first LLaVA": (
+        "image: <im_start><image><im_end>\nafter_image: null",
+        partial(original.prepare_first_llava, sep_image_conv_front=False, use_im_start_end=True),
+    ),
+}
+SAID = st.lists(st.sampled_from(["a dog", " ", "\n", "USER:", "é"]), max_size=4).map("".join)
+
+
+@pytest.mark.parametrize("option", IMAGES)
+@given(before=SAID, after=SAID, others=st.lists(SAID, max_size=2), answer=SAID.filter(bool))
+def test_images_are_where_the_option_has_them(
+    option: str, before: str, after: str, others: list[str], answer: str
+) -> None:
+    assume((before + after).strip())  # of an image alone nothing but white space differs: the next test
+    keys, rule = IMAGES[option]
+    template = parse_template(f"{V1_FILE}\n{keys}", "mine", "mine.yaml")
+    said = [f"{before}<image>{after}", answer]
+    for question in others:
+        said += [question, answer]
+    messages = [("assistant" if number % 2 else "human", text) for number, text in enumerate(said)]
+    assert template.render(chat(*said)).text == original.build_text("v1", rule(messages))
+    prompt = template.prompt(chat(*said[:-1])).text
+    assert prompt == original.build_text("v1", [*rule(messages[:-1]), ("assistant", None)])
+
+
+def test_an_image_alone_has_nothing_to_be_separated_from() -> None:
+    template = parse_template(f'{V1_FILE}\nafter_image: " USER: "', "mine", "mine.yaml")
+    assert template.render(chat("<image>", "a")).text.endswith("USER: <image> USER: ASSISTANT: a</s>")
+
+
+def test_images_that_stay_where_they_are_may_be_several_in_a_message() -> None:
+    template = parse_template(f"{V1_FILE}\nafter_image: null", "mine", "mine.yaml")
+    rendered = template.render(chat("Is <image> or <image> black? ", "a"))
+    assert rendered.num_images == 2
+    assert rendered.text.endswith("USER: Is <image> or <image> black?  ASSISTANT: a</s>")
+
+
 def change(**keys: Any) -> str:
     return yaml.safe_dump({key: value for key, value in (yaml.safe_load(OWN) | keys).items() if value != "gone"})
 
@@ -99,6 +157,9 @@ def change(**keys: Any) -> str:
         (change(start=["{text}"]), "start = ['{text}']: there is no message yet that {text} could stand for."),
         (change(stop="#"), "stop = '#': expected a list."),
         (change(stop=[""]), "stop.0 = '': String should have at least 1 character."),
+        (change(image="<im_start>"), "image = '<im_start>': expected <image> once, found it 0 times."),
+        (change(after_image="<image>"), "after_image = '<image>': expected what follows an image, without <image>."),
+        (change(after_image=1), "after_image = 1: Input should be a valid string."),
         (change(bos="no"), "bos = 'no': Input should be a valid boolean."),
     ],
 )
@@ -169,3 +230,8 @@ def test_internlm2_ids_and_labels_are_xtuners(internlm2: Any, said: list[str], i
     found = encode(INTERNLM2.render(chat(*said)), tokenizer, visual_tokens=1, pad_id=-200, max_length=1000)
     assert found.tokens.tolist() == ids
     assert found.supervised.tolist() == labels
+
+
+def test_a_documents_images_stay_where_they_are_when_it_is_continued_as_when_it_is_learnt() -> None:
+    document = "A <image> and <image>"
+    assert TEXT.prompt([Turn("human", document)]).text == TEXT.render([Turn("assistant", document)]).text == document
