@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from llava_core.data.overlong import Overlong
 from llava_core.data.readers import Content
+from llava_core.data.readers.index import describe_files
 from llava_core.data.readers.instructions import parse_alpaca, parse_sharegpt
 from llava_core.data.readers.text import parse_text_row
 from llava_core.data.records import IMAGE_KEYS, Record
@@ -76,9 +77,8 @@ class ColumnRows(ABC):
 
     @property
     def fingerprint(self) -> Mapping[str, str | int]:
-        """`path`, `num_bytes`, `num_rows` and `num_files`."""
-        num_bytes, num_files = sum(self._num_bytes), len(self._files)
-        return {"path": str(self.path), "num_bytes": num_bytes, "num_rows": len(self), "num_files": num_files}
+        """See `describe_files`."""
+        return describe_files(self.path, self._files, self._num_bytes, len(self))
 
     def read(self, index: int) -> Record:
         """Row `index`. See `Reader.read`; reasons `not_utf8`, those of the form's parser and of damaged files."""

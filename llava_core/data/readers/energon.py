@@ -70,15 +70,8 @@ class EnergonReader:
 
     @property
     def fingerprint(self) -> Mapping[str, str | int]:
-        """`path`, `split`, `num_bytes`, `num_rows` and `num_shards`."""
-        samples = self._samples
-        return {
-            "path": str(self.path),
-            "split": self.split,
-            "num_bytes": samples.num_bytes,
-            "num_rows": len(samples),
-            "num_shards": len(samples.shards),
-        }
+        """See `describe_files`; and the `split`."""
+        return {**self._samples.describe(self.path), "split": self.split}
 
     def read(self, index: int) -> Record:
         """Row `index`. See `Reader.read`; reasons `malformed_row`, `malformed_json` and those of `TarSamples.read`."""

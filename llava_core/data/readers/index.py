@@ -84,6 +84,21 @@ def check_unchanged(path: Path, then: int, now: int) -> None:
         )
 
 
+def describe_files(path: Path, files: Sequence[Path], sizes: Sequence[int], num_rows: int) -> dict[str, str | int]:
+    """The fingerprint of a data set of several files in the folder `path`, or of the one that `path` is.
+
+    `files` stands for each one's name and size, in their order: two that grew and shrank by as much are other data.
+    """
+    listed = [(file.relative_to(path).as_posix(), size) for file, size in zip(files, sizes, strict=True)]
+    return {
+        "path": str(path),
+        "num_bytes": sum(sizes),
+        "num_rows": num_rows,
+        "num_files": len(files),
+        "files": hashlib.sha256(repr(listed).encode()).hexdigest()[:16],
+    }
+
+
 def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"the data file {path} cannot be read: {error.strerror}; check data.path")
 

@@ -22,6 +22,9 @@ BLOCK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 26
 """A longer row is set aside: as token ids it would take a worker gigabytes."""
 
+MAX_COUNTED_BYTES = 1 << 24
+"""Up to where lines are counted: a large file may have many bad rows, and each would cost a pass over it."""
+
 
 class FileRows:
     """Rows of a file by their byte offsets. See `Reader`.
@@ -61,9 +64,12 @@ class FileRows:
             return file.read(size)
 
     def place(self, index: int) -> str:
-        """The row's line and file, for messages."""
+        """The row's line and file, for messages; far from the start its first byte, which needs nothing read."""
+        start = int(self._starts[index])
+        if start > MAX_COUNTED_BYTES:
+            return f"byte {start} of {self.path}"
         with open_data(self.path) as file:
-            return f"line {_line_number(file, int(self._starts[index]))} of {self.path}"
+            return f"line {_line_number(file, start)} of {self.path}"
 
 
 class JsonRows(FileRows):

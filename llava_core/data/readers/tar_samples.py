@@ -13,7 +13,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from llava_core.data.readers.index import KEPT_FROM_BYTES, IntArray, check_unchanged, kept_index, open_data
+from llava_core.data.readers.index import (
+    KEPT_FROM_BYTES,
+    IntArray,
+    check_unchanged,
+    describe_files,
+    kept_index,
+    open_data,
+)
 from llava_core.errors import BadRow, DataError
 
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -64,10 +71,9 @@ class TarSamples:
     def __len__(self) -> int:
         return self._index.shape[1]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all shards together."""
-        return sum(self._sizes)
+    def describe(self, path: Path) -> dict[str, str | int]:
+        """See `describe_files`."""
+        return describe_files(path, self.shards, self._sizes, len(self))
 
     def counts(self) -> list[int]:
         """Samples of each shard."""

@@ -40,14 +40,8 @@ class WebdatasetReader:
 
     @property
     def fingerprint(self) -> Mapping[str, str | int]:
-        """`path`, `num_bytes`, `num_rows` and `num_shards`."""
-        samples = self._samples
-        return {
-            "path": str(self.path),
-            "num_bytes": samples.num_bytes,
-            "num_rows": len(samples),
-            "num_shards": len(samples.shards),
-        }
+        """See `describe_files`."""
+        return self._samples.describe(self.path)
 
     def read(self, index: int) -> Record:
         """Row `index`. See `Reader.read`; reasons `malformed_row`, `malformed_json` and those of `TarSamples.read`."""

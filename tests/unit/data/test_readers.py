@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_core.data.readers import Reader, ReaderFactory, open_reader
+from llava_core.data.readers.index import describe_files
 from llava_core.data.readers.llava import LlavaJsonlReader, LlavaJsonReader
 from llava_core.errors import BadRow, ConfigError, DataError
 
@@ -58,6 +59,31 @@ def test_both_forms_give_what_json_gives(
         assert texts(reader) == answers
         assert [reader.read(i).index for i in range(len(reader))] == list(range(len(rows)))
         assert reader.fingerprint == {"path": str(path), "num_bytes": path.stat().st_size, "num_rows": len(rows)}
+
+
+def test_far_from_the_start_a_bad_row_is_named_by_its_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting the lines of a large file for each of its bad rows would read it over and over."""
+    monkeypatch.setattr("llava_core.data.readers.json_rows.MAX_COUNTED_BYTES", 5)
+    path = write(tmp_path / "a.jsonl", "{\n[}]\n\n[}]\n")
+    with pytest.raises(BadRow, match=r"row 1 \(line 2 of .*a.jsonl\)"):
+        LlavaJsonlReader(path).read(1)
+    with pytest.raises(BadRow, match=r"row 2 \(byte 7 of .*a.jsonl\)") as raised:
+        LlavaJsonlReader(path).read(2)
+    assert path.read_bytes()[int(raised.value.message.split("byte ")[1].split()[0]) :] == b"[}]\n"
+
+
+def test_several_files_are_told_apart_by_each_ones_size(tmp_path: Path) -> None:
+    files = [tmp_path / "a" / "1.tar", tmp_path / "a" / "2.tar"]
+    facts = describe_files(tmp_path / "a", files, [10, 20], 5)
+    assert (facts["num_bytes"], facts["num_rows"], facts["num_files"]) == (30, 5, 2)
+    assert describe_files(tmp_path / "a", files, [20, 10], 5) != facts
+    assert describe_files(tmp_path / "a", [files[0], files[0].with_name("3.tar")], [10, 20], 5) != facts
+    moved = [Path("b") / file.name for file in files]
+    assert describe_files(Path("b"), moved, [10, 20], 5) == facts | {"path": "b"}
+    one = [describe_files(path, [path], [10], 5) for path in files]
+    assert one[0] == one[1] | {"path": str(files[0])}
 
 
 def test_duplicate_ids_are_allowed(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_sample_is_a_conversation_with_its_picture(shards: Path) -> None:
             assert isinstance(image, EmbeddedImage)
             assert ImageStore(None, 100).open(image).getpixel((0, 0)) == (number, 0, 0)
     assert reader.read(3).id == LONG_KEY
-    assert (reader.fingerprint["num_rows"], reader.fingerprint["num_shards"]) == (7, 3)
+    assert (reader.fingerprint["num_rows"], reader.fingerprint["num_files"]) == (7, 3)
     assert reader_name(shards / "pretrain-0.tar") == "webdataset"
 
 
