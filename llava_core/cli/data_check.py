@@ -44,6 +44,8 @@ def check(
     with progress_of_rows(console, len(subject.loader.builder.sources)) as on_row:
         found = check_data(subject, folder, num_workers, on_row)
     print_checked(found, subject, console)
+    if strict and found.num_bad:
+        console.print(f"--strict: {found.num_bad:,} bad rows", style="red")
     if found.problems or (strict and found.num_bad):
         raise typer.Exit(2)
 

@@ -35,6 +35,10 @@ ROWS_PER_MESSAGE = 8
 TRAIN_ON = "The last checkpoint is intact. If memory ran out, lower data.num_workers or batch.global_size."
 
 
+MAX_CHARACTERS = 1 << 24
+"""A row of a longer text is set aside: a tokenizer takes about 250 bytes for each character."""
+
+
 @dataclass(frozen=True)
 class ImageSide:
     """How a decoded image becomes pixels."""
@@ -106,6 +110,12 @@ class ExampleBuilder:
     def _encode_text(self, source: Source, record: Record) -> Encoded:
         if record.images and self.images is None:
             raise BadRow("unexpected_image", "the row has an image, and the model has no vision tower.")
+        num_characters = sum(len(turn.text) for turn in record.turns)
+        if num_characters > MAX_CHARACTERS:
+            raise BadRow(
+                "row_too_large",
+                f"the row's text has {num_characters} characters, the limit is {MAX_CHARACTERS}: split the row",
+            )
         assert source.template is not None  # of a source of text
         conversation = source.template.render(record.turns)
         if source.reader.content == "texts" and not record.images:

@@ -134,7 +134,7 @@ class EnergonReader:
             raise DataError(f"{self.path / META_FOLDER}: the .info file has no shard_counts: run energon prepare again")
         for shard, found in zip(self._samples.names, self._samples.counts(), strict=True):
             expected = counted.get(shard)
-            if expected is None or not found <= expected <= found + len(excluded[shard]):
+            if not isinstance(expected, int) or not found <= expected <= found + len(excluded[shard]):
                 raise DataError(
                     f"{self.path / shard} has {found} samples that are not excluded, and {expected} when it was "
                     "prepared: copy it again, or run energon prepare again if it was made anew"

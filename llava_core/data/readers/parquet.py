@@ -46,9 +46,15 @@ class ParquetReader(ColumnRows):
             metadata = opened.metadata
             described.append(metadata)
             columns.append(frozenset(opened.schema_arrow.names))
-            for group in range(metadata.num_row_groups):
-                self._groups.append(RowGroup(number, group))
-                sizes.append(metadata.row_group(group).num_rows)
+            groups = [RowGroup(number, group) for group in range(metadata.num_row_groups)]
+            counts = [metadata.row_group(group.number).num_rows for group in groups]
+            if sum(counts) != metadata.num_rows:
+                raise DataError(
+                    f"{files[number]} tells of {metadata.num_rows} rows, and its row groups of {sum(counts)}: copy it "
+                    "again"
+                )
+            self._groups += groups
+            sizes += counts
         super().__init__(path, find_form(path, columns), files, [file.stat().st_size for file in files], sizes)
         for file, number in self._groups:
             _check_size(files[file], described[file], number, self._form.wanted)
@@ -69,9 +75,16 @@ class ParquetReader(ColumnRows):
         check_unchanged(path, self._num_bytes[file], path.stat().st_size)
         names = [name for name in opened.schema_arrow.names if name in self._form.wanted]
         try:
-            return opened.read_row_group(number, columns=names, use_threads=False)
+            found = opened.read_row_group(number, columns=names, use_threads=False)
         except arrow_errors() as error:
             raise BadRow("broken_row_group", f"row {index}: row group {number} of {path}: {error}") from error
+        told = self._starts[group + 1] - self._starts[group]
+        if found.num_rows != told:
+            raise BadRow(
+                "broken_row_group",
+                f"row {index}: row group {number} of {path} has {found.num_rows} rows and tells of {told}",
+            )
+        return found
 
 
 def _open(path: Path) -> Any:
@@ -87,6 +100,9 @@ def _open(path: Path) -> Any:
 def _check_size(path: Path, metadata: Any, group: int, wanted: Collection[str]) -> None:
     """Refuses a row group that is too large; the columns that are not read do not count."""
     row_group = metadata.row_group(group)
+    # Columns are looked at only where it matters: of one whose description is damaged pyarrow ends the process.
+    if row_group.total_byte_size <= MAX_GROUP_BYTES:
+        return
     columns = [row_group.column(number) for number in range(row_group.num_columns)]
     num_bytes = sum(
         column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] in wanted

@@ -42,7 +42,8 @@ def test_it_shows_a_sample_and_the_numbers(capsys, config: Path, tmp_path: Path)
 
 def test_strict_takes_no_bad_row(capsys, config: Path, tmp_path: Path) -> None:
     given = (config, "--workers", "0", "--output", tmp_path / "found", "--strict")
-    assert run(capsys, "data", "check", *given).code == 2
+    done = run(capsys, "data", "check", *given)
+    assert (done.code, "--strict: 1 bad rows" in done.out) == (2, True)
     assert len((tmp_path / "found/quarantine.jsonl").read_text().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 

@@ -305,6 +305,7 @@ def test_a_sample_without_its_fields_is_set_aside(tmp_path: Path, members: dict[
         (VQA, {"split": {"split_parts": {"train": ["gone.tar"]}}}, "gone.tar cannot be read"),
         (VQA, {"counts": {"pretrain-1.tar": 4}}, "has 3 samples that are not excluded, and 4 when it was prepared"),
         (VQA, {"counts": {"pretrain-1.tar": None}}, "and None when it was prepared"),
+        (VQA, {"counts": {"pretrain-1.tar": "3"}}, "and 3 when it was prepared"),
     ],
 )
 def test_a_description_that_cannot_be_honoured_is_refused(
