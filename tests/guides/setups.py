@@ -102,16 +102,17 @@ class Folders:
         return write_rows(folder, "llava_v1_5_mix665k.json", [instructed(number) for number in range(24)])
 
     @property
-    def alpaca(self) -> str:
-        """alpaca_zh: a raw JSON list."""
-        file = self.root / "alpaca_zh-train-general.json"
+    def alpaca(self) -> tuple[str, str]:
+        """alpaca_zh: raw JSON lists."""
+        files = [self.root / f"alpaca_zh-{part}-general.json" for part in ("train", "valid")]
         inputs = ("", "红色", "a cat")
         rows = [
             {"instruction": f"说出数字 {n}。", "input": inputs[n % 3], "output": f"好的, {'一二三'[n % 3]} {n}"}
             for n in range(24)
         ]
-        file.write_text(json.dumps(rows, ensure_ascii=False))
-        return f"data.path={file}"
+        for file, part in zip(files, (rows, rows[:5]), strict=True):
+            file.write_text(json.dumps(part, ensure_ascii=False))
+        return f"data.path={files[0]}", f"validation.path={files[1]}"
 
 
 def text_config(family: Literal["llama", "mistral"], **changes: Any) -> Any:
@@ -169,7 +170,13 @@ def composed(folders: Folders, family: Literal["llama", "mistral"]) -> tuple[str
 SETUPS = {
     "Pai-Megatron-Patch, LLaVA": Setup(
         "llava-mistral-7b-pretrain",
-        lambda folders: (*composed(folders, "mistral"), f"data.path={GOLDEN / 'wds'}", "parallel.tensor=1"),
+        lambda folders: (
+            *composed(folders, "mistral"),
+            f"data.path={GOLDEN / 'wds'}",
+            f"validation.path={GOLDEN / 'wds'}",
+            "validation.split=val",
+            "parallel.tensor=1",
+        ),
         FEW,
     ),
     "MindSpeed-MM, LLaVA-1.5": Setup(
@@ -197,7 +204,7 @@ SETUPS = {
     ),
     "Pai-Megatron-Patch, Llama 3.1, raw instructions": Setup(
         "llama31-8b-sft",
-        lambda folders: (f"model.path={folders.llama31}", folders.alpaca, "data.reader=alpaca", *ONE_DEVICE),
+        lambda folders: (f"model.path={folders.llama31}", *folders.alpaca, "data.reader=alpaca", *ONE_DEVICE),
         FEW,
     ),
     "NeMo, NeVA, stage 1": Setup(

@@ -39,11 +39,13 @@ def test_a_guides_set_up_trains_and_goes_on(name: str, folders: Folders, tmp_pat
         shutil.copytree(whole / SAVED, resumed / SAVED)
         shutil.copy(whole / "metrics.jsonl", resumed)
         llava_core.train_model(config(name, folders, resumed, workers=2))
-    rows = metrics_rows(whole)
+    assert metrics_rows(whole) == metrics_rows(resumed)
+    rows = [row for row in metrics_rows(whole) if "loss" in row]
     assert len(rows) > STOPPED_AFTER
     assert all(math.isfinite(row["loss"]) and row["label_tokens"] > 0 for row in rows)
     assert rows[STOPPED_AFTER - 1]["epoch"] % 1 != 0  # in the middle of one
-    assert rows == metrics_rows(resumed)
     assert json.loads((whole / "hf" / "config.json").read_text())
     assert (whole / "hf" / "model.safetensors").read_bytes() == (resumed / "hf" / "model.safetensors").read_bytes()
     assert not (whole / "quarantine.jsonl").exists()
+    validated = [row["step"] for row in metrics_rows(whole) if "validation_loss" in row]
+    assert bool(validated) == any(given.startswith("validation.") for given in SETUPS[name].given(folders))
