@@ -88,7 +88,7 @@ def make_samples(stage: str) -> list[Example]:
         tokens = torch.cat((torch.zeros(visual, dtype=torch.int64), text))
         pixels = torch.randn(1, 3, 336, 336, generator=generator) if has_image else None
         supervised = torch.arange(len(tokens)) >= first_label
-        samples.append(Example(str(index), tokens, supervised, (0,) * has_image, pixels, VISUAL_TOKENS))
+        samples.append(Example(str(index), tokens, supervised, (0,) * has_image, pixels, (VISUAL_TOKENS,) * has_image))
     return samples
 
 
@@ -141,8 +141,8 @@ def padded_inputs(samples: list[Example], dtype: torch.dtype) -> dict[str, torch
     labels, attended = torch.full_like(ids, -100), torch.zeros_like(ids)
     for row, sample in enumerate(samples):
         ids[row, : sample.length] = sample.tokens
-        for start in sample.image_starts:
-            ids[row, start : start + VISUAL_TOKENS] = VOCAB_SIZE - 1
+        for start, length in zip(sample.image_starts, sample.visual_tokens, strict=True):
+            ids[row, start : start + length] = VOCAB_SIZE - 1
         labels[row, : sample.length] = sample.tokens.masked_fill(~sample.supervised, -100)
         attended[row, : sample.length] = 1
     pixels = torch.cat([sample.pixels for sample in samples if sample.pixels is not None]).to(dtype)

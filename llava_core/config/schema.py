@@ -74,7 +74,14 @@ class DataConfig(Section):
     )
     split: str | None = Field(None, description="which part of the data set, for a reader that knows parts")
     sources: tuple[SourceConfig, ...] = Field((), description="several data sets in place of path")
-    image_aspect: Literal["square", "pad"] = Field("pad", description="crop to a square, or pad to one")
+    image_aspect: Literal["square", "pad", "tiles"] = Field(
+        "pad", description="crop to a square, pad to one, or divide into tiles"
+    )
+    min_tiles: PositiveInt | None = Field(None, description="with image_aspect tiles: at least so many; 1 if not given")
+    max_tiles: PositiveInt | None = Field(
+        None,
+        description="with image_aspect tiles: at most so many, and the whole image as one more",
+    )
     max_length: PositiveInt = Field(2048, description="tokens of a sample, its visual tokens included")
     overlong: Literal["truncate", "drop", "split"] | None = Field(
         None,
@@ -92,6 +99,17 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = Field(0, description="processes that decode; 0 decodes in the trainer")
     max_bad_fraction: Fraction = Field(0.01, description="the run stops when more rows than this are unusable")
     max_image_pixels: PositiveInt = Field(100_000_000, description="larger images are refused before decoding")
+
+    @model_validator(mode="after")
+    def _tiles_have_limits(self) -> DataConfig:
+        if self.image_aspect != "tiles":
+            if self.min_tiles is not None or self.max_tiles is not None:
+                raise ValueError("min_tiles and max_tiles limit image_aspect tiles: leave them out, or set it")
+        elif self.max_tiles is None:
+            raise PydanticCustomError(NOT_GIVEN, "set max_tiles, the limit of image_aspect tiles")
+        elif (self.min_tiles or 1) > self.max_tiles:
+            raise ValueError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
+        return self
 
     @model_validator(mode="after")
     def _one_form(self) -> DataConfig:

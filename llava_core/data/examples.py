@@ -11,13 +11,12 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llava_core.data.batch import Example
 from llava_core.data.conversation import check_image_count
 from llava_core.data.documents import with_marks_as_text
-from llava_core.data.images import ImageProcessor
+from llava_core.data.image_side import ImageSide
 from llava_core.data.overlong import Encoded, Overlong, fit_each
 from llava_core.data.readers.index import IntArray
 from llava_core.data.records import EmbeddedImage, Record, Row, TokenRow
@@ -37,14 +36,6 @@ TRAIN_ON = "The last checkpoint is intact. If memory ran out, lower data.num_wor
 
 MAX_CHARACTERS = 1 << 24
 """A row of a longer text is set aside: a tokenizer takes about 250 bytes for each character."""
-
-
-@dataclass(frozen=True)
-class ImageSide:
-    """How a decoded image becomes pixels."""
-
-    processor: ImageProcessor
-    visual_tokens: int
 
 
 @dataclass(frozen=True)
@@ -87,22 +78,11 @@ class ExampleBuilder:
         """
         source = self.sources.sources[place.source]
         wholes = self._encode_ids(row) if isinstance(row, TokenRow) else [self._encode_text(source, row)]
-        visual_tokens = self.images.visual_tokens if self.images else 1
         overlong = self.overlong or source.reader.usual_overlong
-        pieces = fit_each(wholes, visual_tokens, self.max_length, overlong)
+        pieces = fit_each(wholes, self.max_length, overlong)
         images = row.images if isinstance(row, Record) else ()
         return Built(
-            examples=tuple(
-                Example(
-                    row.id,
-                    piece.tokens,
-                    piece.supervised,
-                    piece.image_starts,
-                    self._pixels(source, images[piece.first_image :][: len(piece.image_starts)]),
-                    visual_tokens,
-                )
-                for piece in pieces
-            ),
+            examples=tuple(self._example(source, row.id, piece, images) for piece in pieces),
             overlong=any(whole.length > self.max_length for whole in wholes),
             lengths=tuple(whole.length for whole in wholes),
         )
@@ -121,7 +101,7 @@ class ExampleBuilder:
         if source.reader.content == "texts" and not record.images:
             conversation = with_marks_as_text(conversation)
         check_image_count(conversation, len(record.images))
-        visual_tokens = self.images.visual_tokens if self.images else 1
+        visual_tokens = [self._visual_tokens(source, image) for image in record.images]
         return encode_whole(conversation, self.tokenizer, visual_tokens=visual_tokens, pad_id=self.pad_id)
 
     def _encode_ids(self, row: TokenRow) -> list[Encoded]:
@@ -133,16 +113,24 @@ class ExampleBuilder:
                     f"the row holds the token {beyond[0]}, and the model's embedding has {self.vocab_size} rows: "
                     "the data was made with another tokenizer",
                 )
-        wholes = [Encoded(torch.from_numpy(s.tokens), torch.from_numpy(s.supervised), ()) for s in row.sequences]
+        wholes = [Encoded(torch.from_numpy(s.tokens), torch.from_numpy(s.supervised), (), ()) for s in row.sequences]
         # One of several without a target is no fault of the others.
         return [whole for whole in wholes if whole.has_target] or wholes
 
-    def _pixels(self, source: Source, images: Sequence[str | EmbeddedImage]) -> Tensor | None:
-        if not images:
-            return None
-        assert self.images is not None  # no slot otherwise
+    def _visual_tokens(self, source: Source, image: str | EmbeddedImage) -> int:
+        assert self.images is not None  # rows with images are refused otherwise
         assert source.images is not None
-        return torch.stack([self.images.processor(source.images.open(image)) for image in images])
+        return self.images.visual_tokens(partial(source.images.size, image))
+
+    def _example(self, source: Source, id: str, piece: Encoded, images: Sequence[str | EmbeddedImage]) -> Example:
+        """The sample with its own of the row's images."""
+        pixels = merge = None
+        if piece.image_starts:
+            assert self.images is not None  # no slot otherwise
+            assert source.images is not None
+            own = images[piece.first_image :][: len(piece.image_starts)]
+            pixels, merge = self.images.tiles([source.images.open(image) for image in own], piece.visual_tokens)
+        return Example(id, piece.tokens, piece.supervised, piece.image_starts, pixels, piece.visual_tokens, merge)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,33 +58,55 @@ class ImageStore:
             BadRow: `image_outside_folder`, `missing_image`, `image_too_large` (from the header, before decoding),
                 `broken_image`, or `unexpected_image` for a path without a folder.
         """
-        if isinstance(image, EmbeddedImage):
-            return self._decode(image.name, lambda: io.BytesIO(image.data))
-        path = self._locate(image)
-        return self._decode(image, lambda: path.open("rb"))
+        name, open_file = self._source(image)
+        with self._reading(name), open_file() as file:
+            rgb = self.to_rgb(self._identify(name, file))
+        # Left there by palette images: other libraries would take it as a colour to blend on white.
+        rgb.info.pop("transparency", None)
+        return rgb
 
     def to_rgb(self, image: Image.Image) -> Image.Image:
         """The decoded pixels of an image of which only the header was read."""
         return image.convert("RGB")
 
-    def _decode(self, name: str, open_file: Callable[[], BinaryIO]) -> Image.Image:
+    def size(self, image: str | EmbeddedImage) -> tuple[int, int]:
+        """The image's (height, width), from its header alone.
+
+        Raises:
+            BadRow: as `open`, but for what only decoding can find.
+        """
+        name, open_file = self._source(image)
+        with self._reading(name), open_file() as file:
+            found = self._identify(name, file)
+            return found.height, found.width
+
+    def _source(self, image: str | EmbeddedImage) -> tuple[str, Callable[[], BinaryIO]]:
+        if isinstance(image, EmbeddedImage):
+            return image.name, lambda: io.BytesIO(image.data)
+        path = self._locate(image)
+        return image, lambda: path.open("rb")
+
+    def _identify(self, name: str, file: BinaryIO) -> Image.Image:
+        """The image of a file, not decoded yet."""
+        image = Image.open(file, formats=self._formats)
+        check_size(f"{name!r}", image.size, self.max_pixels)
+        return image
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Around what Pillow reads; what it raises becomes a BadRow."""
         try:
-            with open_file() as file, warnings.catch_warnings():
+            with warnings.catch_warnings():
                 # The limit that holds is max_pixels; Pillow's warning would come beside it, or alone and to no effect.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 warnings.filterwarnings("ignore", message="Palette images with Transparency")
-                image = Image.open(file, formats=self._formats)
-                check_size(f"{name!r}", image.size, self.max_pixels)
-                rgb = self.to_rgb(image)
+                yield
         except BadRow:  # a ValueError too
             raise
         except Image.DecompressionBombError as error:
             raise BadRow("image_too_large", f"{name!r}: {error} The limit is {self.max_pixels} pixels") from error
         except DAMAGED as error:
             raise BadRow("broken_image", f"{name!r} cannot be read: {type(error).__name__}: {error}") from error
-        # Left there by palette images: other libraries would take it as a colour to blend on white.
-        rgb.info.pop("transparency", None)
-        return rgb
 
     def _locate(self, relative: str) -> Path:
         """The real path of a file in the folder; every link followed, so that what is inside cannot lead out."""

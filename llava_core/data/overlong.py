@@ -21,17 +21,24 @@ class Encoded:
         tokens: [T] int64; the visual tokens of each image hold the pad id.
         supervised: [T] bool; True where the token is a target; all False for a prompt.
         image_starts: the first position of each image that was kept, in order.
+        visual_tokens: how many positions each of these takes.
         first_image: which of the row's images is the first of these.
     """
 
     tokens: Tensor
     supervised: Tensor
     image_starts: tuple[int, ...]
+    visual_tokens: tuple[int, ...]
     first_image: int = 0
 
     @property
     def length(self) -> int:
         return self.tokens.numel()
+
+    @property
+    def images(self) -> Iterator[tuple[int, int]]:
+        """Where each image starts and ends."""
+        return ((start, start + length) for start, length in zip(self.image_starts, self.visual_tokens, strict=True))
 
     @property
     def has_target(self) -> bool:
@@ -46,28 +53,26 @@ class Encoded:
             self.tokens[start:end].clone(),
             self.supervised[start:end].clone(),
             tuple(self.image_starts[i] - start for i in inside),
+            tuple(self.visual_tokens[i] for i in inside),
             inside[0] if inside else 0,
         )
 
 
-def fit(whole: Encoded, visual_tokens: int, max_length: int, overlong: Overlong) -> tuple[Encoded, ...]:
+def fit(whole: Encoded, max_length: int, overlong: Overlong) -> tuple[Encoded, ...]:
     """The samples of at most `max_length` tokens that a row becomes; none where it is to be dropped.
 
     `split` gives pieces one after the other. Each starts with the token that the last one ended with, so that every
     target but those right after an image at a cut keeps the token that predicts it. A piece without targets is left
-    out.
-
-    Args:
-        visual_tokens: how many positions an image takes. No image is cut in two.
+    out. No image is cut in two.
 
     Raises:
         BadRow: `no_supervised_token` if nothing is left to train; `too_long` if an image alone does not fit a piece.
     """
     if whole.length <= max_length or overlong == "truncate":
-        return (truncated(whole, visual_tokens, max_length),)
+        return (truncated(whole, max_length),)
     if overlong == "drop":
         return ()
-    pieces = [whole.between(start, end) for start, end in _pieces(whole, visual_tokens, max_length)]
+    pieces = [whole.between(start, end) for start, end in _pieces(whole, max_length)]
     kept = tuple(piece for piece in pieces if piece.has_target)
     if not kept:
         raise BadRow(
@@ -76,7 +81,7 @@ def fit(whole: Encoded, visual_tokens: int, max_length: int, overlong: Overlong)
     return kept
 
 
-def fit_each(wholes: Sequence[Encoded], visual_tokens: int, max_length: int, overlong: Overlong) -> tuple[Encoded, ...]:
+def fit_each(wholes: Sequence[Encoded], max_length: int, overlong: Overlong) -> tuple[Encoded, ...]:
     """What `fit` makes of each of a row's sequences. One that cannot be used is no fault of the others.
 
     Raises:
@@ -86,7 +91,7 @@ def fit_each(wholes: Sequence[Encoded], visual_tokens: int, max_length: int, ove
     refused: BadRow | None = None
     for whole in wholes:
         try:
-            kept += fit(whole, visual_tokens, max_length, overlong)
+            kept += fit(whole, max_length, overlong)
         except BadRow as bad:
             refused = refused or bad
     if refused and not kept:
@@ -94,13 +99,13 @@ def fit_each(wholes: Sequence[Encoded], visual_tokens: int, max_length: int, ove
     return tuple(kept)
 
 
-def truncated(whole: Encoded, visual_tokens: int, max_length: int) -> Encoded:
+def truncated(whole: Encoded, max_length: int) -> Encoded:
     """The start of a sample that fits, without an image that the cut would go through and all that follows it.
 
     Raises:
         BadRow: `no_supervised_token` if no token with a predecessor is left to train.
     """
-    end = _end(whole.length, whole.image_starts, visual_tokens, max_length)
+    end = _end(whole, max_length)
     kept = whole.between(0, end) if end < whole.length else whole
     if not kept.has_target:
         raise BadRow(
@@ -111,27 +116,23 @@ def truncated(whole: Encoded, visual_tokens: int, max_length: int) -> Encoded:
     return kept
 
 
-def _pieces(whole: Encoded, visual_tokens: int, max_length: int) -> Iterator[tuple[int, int]]:
+def _pieces(whole: Encoded, max_length: int) -> Iterator[tuple[int, int]]:
     """Where the pieces of a sample start and end."""
     start = 0
     while True:
-        end = _end(whole.length, whole.image_starts, visual_tokens, start + max_length)
+        end = _end(whole, start + max_length)
         if end <= start:
-            raise BadRow(
-                "too_long", f"an image of {visual_tokens} tokens does not fit max_length {max_length}: raise it"
-            )
+            length = whole.visual_tokens[whole.image_starts.index(end)]
+            raise BadRow("too_long", f"an image of {length} tokens does not fit max_length {max_length}: raise it")
         yield start, end
         if end == whole.length:
             return
-        follows_image = any(image_start < end <= image_start + visual_tokens for image_start in whole.image_starts)
+        follows_image = any(image_start < end <= image_end for image_start, image_end in whole.images)
         # A piece of one token was only there to be repeated, and an image comes next that leaves no room for it.
         start = end if follows_image or end - 1 == start else end - 1
 
 
-def _end(length: int, image_starts: Sequence[int], visual_tokens: int, limit: int) -> int:
+def _end(whole: Encoded, limit: int) -> int:
     """Where to end so as to fit and to leave no part of an image."""
-    end = min(length, limit)
-    for start in image_starts:
-        if start < end < start + visual_tokens:
-            return start
-    return end
+    end = min(whole.length, limit)
+    return next((start for start, image_end in whole.images if start < end < image_end), end)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
-from llava_core.data.batch import Batch, Counts, Example
+from llava_core.data.batch import NEWLINE, Batch, Counts, Example, Merge
 from llava_core.errors import BadRow
 
 
@@ -58,21 +59,23 @@ def build_batch(examples: Sequence[Example], *, pad_id: int, image_size: int, pa
     spans = [longest if padded else example.length for example in examples]
     offsets = [0, *accumulate(spans)]
     tokens = torch.full((offsets[-1],), pad_id, dtype=torch.int64)
-    labels, targets, slots = [], [], []
+    labels, targets = [], []
     for example, offset in zip(examples, offsets, strict=False):
         tokens[offset : offset + example.length] = example.tokens
         predicted = example.supervised[1:].nonzero()[:, 0]  # the position before each supervised token
         labels.append(predicted + offset)
         targets.append(example.tokens[1:][predicted])
-        slots += [torch.arange(s, s + example.visual_tokens) + offset for s in example.image_starts]
     images = [example.pixels for example in examples if example.pixels is not None]
+    image_index, feature_index = _visual_indices(examples, offsets)
     return Batch(
         tokens=tokens,
         positions=torch.cat([torch.arange(span) for span in spans]),
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
         cu_seqlens_host=tuple(offsets),
         pixels=torch.cat(images) if images else torch.zeros(1, 3, image_size, image_size),
-        image_index=torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64),
+        image_index=image_index,
+        visual_tokens=tuple(length for example in examples for length in example.visual_tokens),
+        feature_index=feature_index,
         label_index=torch.cat(labels),
         targets=torch.cat(targets),
         labels_per_sample=tuple(example.num_labels for example in examples),
@@ -86,7 +89,7 @@ def filler_batch(pad_id: int, image_size: int) -> Batch:
 
     It has one token, no label, and the zero image of a batch without images.
     """
-    nothing = Example("", torch.tensor([pad_id]), torch.tensor([False]), (), None, 1)
+    nothing = Example("", torch.tensor([pad_id]), torch.tensor([False]), (), None, ())
     batch = build_batch([nothing], pad_id=pad_id, image_size=image_size)
     return replace(batch, counts=Counts(pad_tokens=1), ids=())
 
@@ -109,6 +112,21 @@ def lengthened(batch: Batch, num_tokens: int, pad_id: int) -> Batch:
     )
 
 
+def _visual_indices(examples: Sequence[Example], offsets: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """A batch's `image_index` and `feature_index`."""
+    slots = [torch.zeros(0, dtype=torch.int64)]
+    for example, offset in zip(examples, offsets, strict=False):
+        spans = zip(example.image_starts, example.visual_tokens, strict=True)
+        slots += [torch.arange(start, start + length) + offset for start, length in spans]
+    image_index = torch.cat(slots)
+    merges = [example.merge for example in examples if example.merge is not None]
+    if not merges:
+        return image_index, None
+    rows = Merge.joined(merges).rows
+    is_newline = rows == NEWLINE
+    return torch.cat((image_index[~is_newline], image_index[is_newline])), rows[~is_newline]
+
+
 def _counts(examples: Sequence[Example], num_positions: int) -> Counts:
     tokens = sum(example.length for example in examples)
     image_tokens = sum(example.image_tokens for example in examples)
@@ -119,4 +137,5 @@ def _counts(examples: Sequence[Example], num_positions: int) -> Counts:
         pad_tokens=num_positions - tokens,
         samples=len(examples),
         images=sum(len(example.image_starts) for example in examples),
+        tiles=sum(len(example.pixels) for example in examples if example.pixels is not None),
     )

@@ -42,14 +42,14 @@ def encode(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    visual_tokens: int,
+    visual_tokens: Sequence[int],
     pad_id: int,
     max_length: int,
 ) -> Encoded:
     """Tokenises a conversation for training, or a prompt for generation, into at most `max_length` tokens.
 
     Args:
-        visual_tokens: how many positions an image takes; 0 only where there are no images.
+        visual_tokens: how many positions each image takes.
         pad_id: the id that stands in them.
 
     Raises:
@@ -59,30 +59,33 @@ def encode(
     """
     whole = encode_whole(conversation, tokenizer, visual_tokens=visual_tokens, pad_id=pad_id)
     if not conversation.is_prompt:
-        return truncated(whole, visual_tokens, max_length)
+        return truncated(whole, max_length)
     if whole.length > max_length:
         raise BadRow("prompt_too_long", f"a prompt of {whole.length} tokens; at most {max_length} fit: shorten it")
     return whole
 
 
 def encode_whole(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, visual_tokens: int, pad_id: int
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, visual_tokens: Sequence[int], pad_id: int
 ) -> Encoded:
     """Tokenises a conversation of any length.
 
     Raises:
         ConfigError: a tokenizer that has no character offsets, adds more than a BOS, or lacks the EOS that is asked.
     """
-    if conversation.num_images and visual_tokens < 1:
-        raise ValueError(f"a conversation with images needs visual_tokens of at least 1, not {visual_tokens}")
+    if conversation.num_images != len(visual_tokens) or any(length < 1 for length in visual_tokens):
+        raise ValueError(
+            f"a conversation with {conversation.num_images} images needs visual_tokens of at least 1 for each, not "
+            f"{list(visual_tokens)}"
+        )
     ids = _bos(tokenizer) if conversation.adds_bos else []
     supervised = [False] * len(ids)
     image_starts: list[int] = []
     for index, spans in enumerate(_chunks(conversation)):
         if index:
             image_starts.append(len(ids))
-            ids += [pad_id] * visual_tokens
-            supervised += [False] * visual_tokens
+            ids += [pad_id] * visual_tokens[index - 1]
+            supervised += [False] * visual_tokens[index - 1]
         chunk_ids, chunk_supervised = _encode_chunk(spans, tokenizer)
         ids += chunk_ids
         supervised += chunk_supervised
@@ -93,6 +96,7 @@ def encode_whole(
         tokens=torch.tensor(ids, dtype=torch.int64),
         supervised=torch.tensor(supervised, dtype=torch.bool),
         image_starts=tuple(image_starts),
+        visual_tokens=tuple(visual_tokens),
     )
 
 
@@ -198,7 +202,7 @@ def render_supervised(
     tokens: Tensor,
     supervised: Tensor,
     image_starts: Sequence[int],
-    visual_tokens: int,
+    visual_tokens: Sequence[int],
 ) -> Text:
     """The decoded sample for a person to read: targets in ⟦brackets⟧ and green, images as `[image ×576]`.
 
@@ -208,11 +212,11 @@ def render_supervised(
     """
     result = Text()
     position = 0
-    for start in [*image_starts, tokens.numel()]:
+    for start, length in [*zip(image_starts, visual_tokens, strict=True), (tokens.numel(), 0)]:
         _append_runs(result, tokenizer, tokens[position:start].tolist(), supervised[position:start].tolist())
-        if start < tokens.numel():
-            result.append(f"[image ×{visual_tokens}]", style="cyan")
-        position = start + visual_tokens
+        if length:
+            result.append(f"[image ×{length}]", style="cyan")
+        position = start + length
     return result
 
 

@@ -161,7 +161,7 @@ def language_batch(rng: random.Random, tokenizer: Any) -> dict[str, Tensor]:
     """Padded samples of one kind for transformers' own loss, which counts what follows from the text before it."""
     write = rng.choice((caption_text, chat_text))
     samples = [
-        encode(write(rng), tokenizer, visual_tokens=1, pad_id=tokenizer.pad_token_id, max_length=MAX_POSITIONS)
+        encode(write(rng), tokenizer, visual_tokens=(), pad_id=tokenizer.pad_token_id, max_length=MAX_POSITIONS)
         for _ in range(LANGUAGE_BATCH)
     ]
     ids = _padded([sample.tokens for sample in samples], tokenizer.pad_token_id)

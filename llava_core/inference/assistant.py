@@ -16,6 +16,7 @@ from llava_core.backend import OpSet
 from llava_core.data.batch import Example
 from llava_core.data.conversation import Template, check_image_count
 from llava_core.data.examples import Rejected
+from llava_core.data.image_side import ImageSide
 from llava_core.data.image_store import MAX_WORKING_PIXELS, ImageStore
 from llava_core.data.images import ImageProcessor
 from llava_core.data.records import Turn
@@ -28,6 +29,7 @@ from llava_core.inference.sampling import GenerationSettings
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
 from llava_core.weights.load import load_model
+from llava_core.weights.processor import load_processor
 from llava_core.weights.source import from_folder
 from llava_core.weights.tokenizer import load_tokenizer
 from llava_core.weights.vocabulary import bare_mark, stop_ids
@@ -58,6 +60,8 @@ class Assistant:
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        vision = model.spec.vision
+        self.images = ImageSide(image_processor, vision.visual_tokens) if image_processor and vision else None
         self.template = template
         self.stop = build_stop(tokenizer, template, stop_ids)
 
@@ -84,7 +88,8 @@ class Assistant:
         source = from_folder(folder)
         tokenizer = load_tokenizer(source.tokenizer_folder)
         template = template or folder_template(folder, tokenizer, multimodal=source.spec.vision is not None)
-        processor = ImageProcessor.from_folder(source.processor_folder) if source.processor_folder else None
+        vision, folder_of_processor = source.spec.vision, source.processor_folder
+        processor = load_processor(folder_of_processor, vision) if vision and folder_of_processor else None
         eos = _generation_eos(folder)
         model = load_model(source, build_ops(source.spec), compute_dtype=compute_dtype, device=device).eval()
         return cls(model, tokenizer, processor, template, eos)
@@ -136,23 +141,28 @@ class Assistant:
             BadRow: see `ask`.
         """
         spec = self.model.spec
-        if pictures and self.image_processor is None:
+        if pictures and self.images is None:
             raise BadRow("unexpected_image", "this model has no vision tower: ask without an image.")
         conversation = build_prompt(self.template, turns)
         check_image_count(conversation, len(pictures))
-        visual_tokens = spec.vision.visual_tokens if spec.vision else 1
         encoded = encode(
             conversation,
             self.tokenizer,
-            visual_tokens=visual_tokens,
+            visual_tokens=[self._visual_tokens(picture) for picture in pictures],
             # A repetition penalty falls on what stands here, in transformers as well; 0 is unk as a rule.
             pad_id=spec.image_token_id or 0,
             max_length=spec.text.max_positions - 1,  # room for an answer of one token at least
         )
-        pixels = None
-        if self.image_processor is not None and pictures:
-            pixels = torch.stack([self.image_processor(picture) for picture in pictures])
-        return Example(id, encoded.tokens, encoded.supervised, encoded.image_starts, pixels, visual_tokens)
+        pixels = merge = None
+        if self.images is not None and pictures:
+            pixels, merge = self.images.tiles(pictures, encoded.visual_tokens)
+        return Example(
+            id, encoded.tokens, encoded.supervised, encoded.image_starts, pixels, encoded.visual_tokens, merge
+        )
+
+    def _visual_tokens(self, picture: Image.Image) -> int:
+        assert self.images is not None
+        return self.images.visual_tokens(lambda: (picture.height, picture.width))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without what ended it."""

@@ -1,4 +1,4 @@
-"""The step that a plan is made for: equal samples, as long as they may be, with an image each."""
+"""The step that a plan is made for: equal samples, as long as they may be, with an image each, as large as fits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from llava_core.config import RunConfig
 from llava_core.data.batch import Batch, Example
 from llava_core.data.loader import as_many
 from llava_core.data.packing import build_batch, lengthened
+from llava_core.data.tiles import Tiling
 from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
 from llava_core.plan.simulation import Simulation
-from llava_core.train.data import pipelined
+from llava_core.train.data import dynamic_tiles, largest_image, pipelined
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class PlannedStep:
         sample_room: tokens that a micro-batch has for each sample where it is always as long as it may be.
         room: tokens of every micro-batch then; None where it is as long as its samples.
         fill: how many micro-batches there are where so many would do.
+        tiling: how the samples' images are divided; None: not at all.
     """
 
     sample_tokens: int
@@ -38,6 +40,7 @@ class PlannedStep:
     sample_room: int = field(default=0, compare=False)
     room: int | None = None
     fill: Callable[[int], int] = field(default=as_many, compare=False, repr=False)
+    tiling: Tiling | None = None
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, sample_tokens: int | None = None) -> PlannedStep:
@@ -66,7 +69,8 @@ class PlannedStep:
         micro = min(micro, own)
         asked = pipelined(config)
         sample_room = length if batch.micro_size is None else longest
-        return cls(length, micro, own, sample_room, asked.get("num_tokens"), asked.get("num_batches", as_many))
+        room, fill = asked.get("num_tokens"), asked.get("num_batches", as_many)
+        return cls(length, micro, own, sample_room, room, fill, dynamic_tiles(config.data))
 
     def with_micro_samples(self, micro_samples: int) -> PlannedStep:
         """The same samples in micro-batches of another size."""
@@ -85,19 +89,18 @@ class PlannedStep:
 
 
 def planned_batch(spec: ModelSpec, step: PlannedStep) -> Batch:
-    """A micro-batch of the step, every text token of which is supervised. Its pixels are placeholders of one pixel an
-    image: on the device they are replaced."""
-    visual = spec.vision.visual_tokens if spec.vision else 0
-    has_image = 0 < visual < step.sample_tokens
+    """A micro-batch of the step, every text token of which is supervised. Its pixels are placeholders of one pixel a
+    tile: on the device they are replaced."""
+    image = largest_image(spec, step.tiling, step.sample_tokens)
     supervised = torch.ones(step.sample_tokens, dtype=torch.bool)
-    supervised[: visual if has_image else 0] = False
+    supervised[: image.visual_tokens if image else 0] = False
     example = Example(
         id="planned",
         tokens=torch.zeros(step.sample_tokens, dtype=torch.int64),
         supervised=supervised,
-        image_starts=(0,) if has_image else (),
-        pixels=torch.zeros(1, 3, 1, 1) if has_image else None,
-        visual_tokens=visual,
+        image_starts=(0,) if image else (),
+        pixels=torch.zeros(image.tiles, 3, 1, 1) if image else None,
+        visual_tokens=(image.visual_tokens,) if image else (),
     )
     batch = build_batch([example] * step.micro_samples, pad_id=0, image_size=1)
     return batch if step.room is None else lengthened(batch, step.room, pad_id=0)

@@ -187,4 +187,5 @@ def random_example(spec: ModelSpec, text_lengths: Sequence[int], seed: int = 0, 
         size = spec.vision.image_size
         pixels = torch.randn(len(image_starts), 3, size, size, generator=generator)
     name = f"random-{seed}"
-    return Example(name, torch.cat(tokens), torch.cat(supervised), tuple(image_starts), pixels, visual_tokens)
+    lengths = (visual_tokens,) * len(image_starts)
+    return Example(name, torch.cat(tokens), torch.cat(supervised), tuple(image_starts), pixels, lengths)

@@ -171,7 +171,8 @@ def check_data_settings(config: RunConfig, spec: ModelSpec) -> None:
         ConfigError: image settings for a model that sees nothing, or samples longer than its positions.
     """
     data = config.data
-    idle = sorted({"images", "image_aspect", "max_image_pixels"} & data.model_fields_set) if spec.vision is None else []
+    of_images = {"images", "image_aspect", "min_tiles", "max_tiles", "max_image_pixels"}
+    idle = sorted(of_images & data.model_fields_set) if spec.vision is None else []
     idle = [f"data.{key}" for key in idle if getattr(data, key) != type(data).model_fields[key].default]
     if spec.vision is None:
         idle += [f"data.sources.{number}.images" for number, source in enumerate(data.sources) if source.images]

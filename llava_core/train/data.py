@@ -14,8 +14,9 @@ import numpy as np
 from llava_core.config import RunConfig
 from llava_core.config.data_sets import SourceConfig
 from llava_core.config.schema import DataConfig
-from llava_core.data.examples import ExampleBuilder, ImageSide
+from llava_core.data.examples import ExampleBuilder
 from llava_core.data.held_out import split_rows
+from llava_core.data.image_side import ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import Batching, StepLoader
@@ -27,14 +28,16 @@ from llava_core.data.records import modality_length
 from llava_core.data.sampler import GROUPED_ORDERS, Grouping, epoch_order
 from llava_core.data.share import WHOLE, Share
 from llava_core.data.sources import Source, Sources
+from llava_core.data.tiles import Division, DynamicTiles, Tiling
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.pipeline import num_micro_batches
 from llava_core.engine.processes import Processes
-from llava_core.errors import BadRow, ConfigError
+from llava_core.errors import BadRow
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
 from llava_core.train.agreement import by_first
 from llava_core.train.templates import Templates
+from llava_core.weights.processor import load_processor
 from llava_core.weights.source import ModelFolders
 from llava_core.weights.tokenizer import pad_token_id
 
@@ -62,14 +65,26 @@ def find_processor(config: DataConfig, model: ModelFolders) -> ImageProcessor | 
     """
     if model.processor is None or model.spec.vision is None:
         return None
-    processor = ImageProcessor.from_folder(model.processor, config.image_aspect)
-    expected = model.spec.vision.image_size
-    if processor.output_size != (expected, expected):
-        raise ConfigError(
-            f"{model.processor}: its image processor gives {processor.output_size} pixels and the vision tower "
-            f"takes {expected} x {expected}; mend preprocessor_config.json."
-        )
-    return processor
+    tiles = dynamic_tiles(config)
+    if tiles is not None:
+        return load_processor(model.processor, model.spec.vision, tiles)
+    assert config.image_aspect != "tiles"
+    return load_processor(model.processor, model.spec.vision, config.image_aspect)
+
+
+def dynamic_tiles(config: DataConfig) -> DynamicTiles | None:
+    """The config's limits of tiles, where it has some."""
+    return None if config.max_tiles is None else DynamicTiles(config.min_tiles or 1, config.max_tiles)
+
+
+def largest_image(spec: ModelSpec, tiling: Tiling | None, room: int) -> Division | None:
+    """What an image becomes at most in a sample of fewer than `room` tokens; None where it fits none."""
+    if spec.vision is None:
+        return None
+    features = spec.vision.visual_tokens
+    every = (Division(1, features, 0),) if tiling is None else tiling.divisions(spec.vision.image_size, features)
+    fitting = [division for division in every if division.visual_tokens < room]
+    return max(fitting, key=lambda division: division.visual_tokens, default=None)
 
 
 def build_loader(

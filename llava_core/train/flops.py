@@ -24,14 +24,13 @@ def step_flops(spec: ModelSpec, trainable: Collection[str], batches: Sequence[Ba
         backward = projector_learns or "language" in trainable
         total += language * (1 + backward + ("language" in trainable)) + attention * (1 + 2 * backward)
         if spec.vision is not None:
-            images = batch.counts.images
-            total += images * vision_flops(spec.vision, trained="vision" in trainable)
-            total += images * projector_flops(spec, trainable)
+            total += batch.counts.tiles * vision_flops(spec.vision, trained="vision" in trainable)
+            total += (batch.counts.image_tokens - batch.num_newlines) * projector_flops(spec, trainable)
     return total
 
 
 def vision_flops(spec: VisionSpec, *, trained: bool) -> float:
-    """FLOPs of one image through the layers that are run, and back where they learn; pixels have no gradient."""
+    """FLOPs of one tile through the layers that are run, and back where they learn; pixels have no gradient."""
     width, positions = spec.hidden_size, spec.num_positions
     layer = 2 * positions * (4 * width**2 + 2 * width * spec.intermediate_size) + 4 * positions**2 * width
     patches = 2 * spec.num_patches * 3 * spec.patch_size**2 * width
@@ -39,7 +38,7 @@ def vision_flops(spec: VisionSpec, *, trained: bool) -> float:
 
 
 def projector_flops(spec: ModelSpec, trainable: Collection[str]) -> float:
-    """FLOPs of one image, forward and backward; the first layer's input has a gradient only where the tower learns."""
+    """FLOPs of a feature, forward and backward; the first layer's input has a gradient only where the tower learns."""
     assert spec.vision is not None
     depth, out = projector_depth(spec.projector), spec.text.hidden_size
     total = 0.0
@@ -47,7 +46,7 @@ def projector_flops(spec: ModelSpec, trainable: Collection[str]) -> float:
         width = spec.vision.hidden_size if layer == 0 else out
         input_gradient = "vision" in trainable or (layer > 0 and "projector" in trainable)
         total += 2 * width * out * (1 + input_gradient + ("projector" in trainable))
-    return spec.vision.visual_tokens * total
+    return total
 
 
 def _text_flops(spec: TextSpec, batch: Batch) -> float:

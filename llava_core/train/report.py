@@ -130,9 +130,8 @@ def print_first_sample(run: Run, step: Step, console: Console) -> None:
     supervised = tokens != tokens  # all False, of the right shape
     own_labels = batch.label_index[: batch.labels_per_sample[0]]
     supervised[own_labels + 1] = True
-    visual = run.source.spec.vision.visual_tokens if run.source.spec.vision else 1
-    starts = [int(slot) for slot in batch.image_index[::visual] if slot < end]
-    text = render_supervised(run.tokenizer, tokens, supervised, starts, visual)
+    starts = [start for start in batch.image_starts if start < end]
+    text = render_supervised(run.tokenizer, tokens, supervised, starts, batch.visual_tokens[: len(starts)])
     console.print(Panel(text, title=Text(f"first sample, {batch.ids[0]}; ⟦supervised⟧"), title_align="left"))
     counts = step.counts
     console.print(

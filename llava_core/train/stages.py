@@ -11,9 +11,11 @@ from torch.distributed.pipelining import Schedule1F1B
 
 from llava_core.config import RunConfig
 from llava_core.data.batch import Batch, Counts
+from llava_core.data.tiles import Division
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
 from llava_core.model.stage import Stage
+from llava_core.train.data import dynamic_tiles, largest_image
 from llava_core.train.flops import projector_flops, step_flops, vision_flops
 
 
@@ -75,7 +77,7 @@ def work_around_layers(config: RunConfig, spec: ModelSpec) -> tuple[float, float
     before = 0.0
     if spec.vision is not None:
         tower = vision_flops(spec.vision, trained="vision" in trainable)
-        before = batch.counts.images * (tower + projector_flops(spec, trainable))
+        before = batch.counts.tiles * tower + batch.counts.image_tokens * projector_flops(spec, trainable)
     return before / layer, (flops(1) - before) / layer - 1
 
 
@@ -83,9 +85,9 @@ def full_batch(config: RunConfig, spec: ModelSpec) -> Batch:
     """The sizes of such a micro-batch; it holds nothing."""
     length, nothing = config.data.max_length, torch.zeros(0)
     samples = config.batch.micro_size or (config.batch.micro_tokens or length) // length
-    images = samples if spec.vision is not None else 0
-    image_tokens = images * spec.vision.visual_tokens if spec.vision is not None else 0
-    text = max(samples * length - image_tokens, 0)
+    image = largest_image(spec, dynamic_tiles(config.data), length) or Division(0, 0, 0)
+    image_tokens = samples * image.visual_tokens
+    text = samples * length - image_tokens
     return Batch(
         tokens=nothing,
         positions=nothing,
@@ -93,9 +95,10 @@ def full_batch(config: RunConfig, spec: ModelSpec) -> Batch:
         cu_seqlens_host=tuple(range(0, samples * length + 1, length)),
         pixels=nothing,
         image_index=nothing,
+        visual_tokens=(),
         label_index=nothing,
         targets=nothing,
         labels_per_sample=(text // samples,) * samples,
-        counts=Counts(text, image_tokens, text, 0, samples, images),
+        counts=Counts(text, image_tokens, text, 0, samples, samples if image.tiles else 0, samples * image.tiles),
         ids=(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 
 from llava_core.data.images import ImageProcessor
 from llava_core.data.records import IMAGE_MARK
+from llava_core.data.tiles import DynamicTiles
 from llava_core.model.spec import Family, ModelSpec, RopeSpec, TextSpec, VisionSpec
 from llava_core.weights.hf_config import OWN_PROJECTOR
 from llava_core.weights.internlm2 import RemoteCode, own_config
@@ -43,6 +45,8 @@ def write_files(
 ) -> None:
     """All of a folder but its weights; `ends` are the tokens that end an answer."""
     tokenizer.save_pretrained(folder)
+    if image_processor is not None and isinstance(image_processor.tiling, DynamicTiles):
+        _name_no_marks(folder / "tokenizer_config.json")
     for file in remote.files if remote is not None else ():
         shutil.copyfile(file, folder / file.name)
     for name, content in _configs(spec, tokenizer, ends, dtype, image_processor, remote).items():
@@ -73,9 +77,27 @@ def _configs(
     return {
         "config.json": config,
         "generation_config.json": ids | version,
-        "preprocessor_config.json": image_processor.to_config(),
-        "processor_config.json": _processor_config(spec.vision),
+        **_processor_configs(spec.vision, image_processor),
     }
+
+
+def _processor_configs(vision: VisionSpec, image_processor: ImageProcessor) -> dict[str, dict[str, Any]]:
+    """An image processor's config, and that of the processor which counts its visual tokens."""
+    images = image_processor.to_config()
+    if isinstance(image_processor.tiling, DynamicTiles):
+        # LlavaProcessor does not count tiles. This one does, and writes marks around them, here empty ones; its
+        # `patch_size` is the side of the square of a tile's tokens.
+        side = {"patch_size": math.isqrt(vision.visual_tokens)}
+        name = {"processor_class": "Cohere2VisionProcessor"}
+        return {"preprocessor_config.json": images | name | side, "processor_config.json": name}
+    return {"preprocessor_config.json": images, "processor_config.json": _processor_config(vision)}
+
+
+def _name_no_marks(file: Path) -> None:
+    """Have the processor of tiles write nothing between them."""
+    marks = {"image_token": IMAGE_MARK, **dict.fromkeys(("boi_token", "eoi_token", "img_line_break_token"), "")}
+    config = json.loads(file.read_text(encoding="utf-8")) | {"extra_special_tokens": marks}
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _processor_config(vision: VisionSpec) -> dict[str, Any]:

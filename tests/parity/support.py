@@ -167,8 +167,8 @@ def run_hf(
 def hf_inputs(model: PreTrainedModel, example: Example) -> dict[str, Tensor]:
     """One sample as transformers takes it: an image token at each visual position, labels −100 elsewhere."""
     tokens = example.tokens.clone()
-    for start in example.image_starts:
-        tokens[start : start + example.visual_tokens] = IMAGE_TOKEN_ID
+    for start, length in zip(example.image_starts, example.visual_tokens, strict=True):
+        tokens[start : start + length] = IMAGE_TOKEN_ID
     labels = torch.where(example.supervised, tokens, -100)
     inputs = {"input_ids": tokens[None], "labels": labels[None]}
     if example.pixels is not None:

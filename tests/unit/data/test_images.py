@@ -122,8 +122,12 @@ configs = st.fixed_dictionaries(
         "image_mean": st.lists(st.floats(0, 1), min_size=3, max_size=3),
         "image_std": st.lists(st.floats(0.01, 2), min_size=3, max_size=3),
         "do_pad": st.booleans(),
+        "do_resize": st.booleans(),
+        "do_rescale": st.booleans(),
+        "do_normalize": st.booleans(),
+        "default_to_square": st.booleans(),
     }
-)
+).filter(lambda config: config["do_normalize"] or not config["do_pad"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,8 +135,43 @@ configs = st.fixed_dictionaries(
 def test_any_config_is_bit_equal_to_transformers(size: tuple[int, int], config: dict[str, Any]) -> None:
     """Among them crops larger than the resized image, which are filled with black, and odd differences."""
     theirs = LlavaImageProcessorPil(**config)
-    ours = ImageProcessor.from_config(json.loads(theirs.to_json_string()))
-    assert torch.equal(ours(noise(*size)), reference(theirs, noise(*size)))
+    ours = ImageProcessor.from_config({**config, "image_processor_type": "LlavaImageProcessor"})
+    assert ours == ImageProcessor.from_config(json.loads(theirs.to_json_string()))
+    # Levels that are neither rescaled nor normalized stay whole numbers there, which the model would convert.
+    assert torch.equal(ours(noise(*size)), reference(theirs, noise(*size)).float())
+
+
+# Configs in the forms that towers' folders have.
+HALF = [0.5, 0.5, 0.5]
+CLIP_STATISTICS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+SIGLIP = {
+    "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": HALF, "image_std": HALF,
+    "image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor", "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+}  # fmt: skip
+TOWERS = {
+    "clip_224_first_form": {
+        "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224,
+        "feature_extractor_type": "CLIPFeatureExtractor", **CLIP_STATISTICS,
+    },
+    "clip_224": {
+        "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "do_convert_rgb": True,
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_processor_type": "CLIPImageProcessor", "resample": 3, "rescale_factor": 0.00392156862745098,
+        "size": {"shortest_edge": 224}, **CLIP_STATISTICS,
+    },
+    "siglip_224": {**SIGLIP, "size": {"height": 224, "width": 224}},
+    "siglip_256_bilinear": {**SIGLIP, "size": {"height": 256, "width": 256}, "resample": 2},
+    "siglip_so400m_384": {**SIGLIP, "size": {"height": 384, "width": 384}, "do_convert_rgb": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (90, 70), (384, 384)])
+def test_towers_of_other_sizes(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(TOWERS[name]))
+    theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert torch.equal(ImageProcessor.from_folder(tmp_path)(noise(*size)), reference(theirs, noise(*size)))
 
 
 MODES = {"1": "png", "L": "png", "LA": "png", "P": "gif", "RGBA": "png", "CMYK": "jpg", "I;16": "png", "F": "tiff"}
@@ -202,6 +241,7 @@ PROCESSORS = [
     ImageProcessor((64, 48), None, aspect="pad"),
     ImageProcessor((64, 48), (40, 40), resample=2),
     ImageProcessor(30, (32, 31), rescale_factor=1 / 127.5, aspect="pad"),
+    ImageProcessor(None, (32, 31)),
 ]
 
 
@@ -253,11 +293,12 @@ def test_do_pad_decides_unless_the_caller_does(tmp_path: Path) -> None:
         ({"auto_map": {"AutoImageProcessor": "code.py"}}, "auto_map"),
         ({"pad_size": {"height": 1, "width": 1}}, "pad_size"),
         ({"do_pad": True}, "do_pad"),
-        ({"do_resize": False}, "do_resize"),
-        ({"do_rescale": False}, "do_rescale"),
-        ({"do_normalize": False}, "do_normalize"),
-        ({"default_to_square": True}, "default_to_square"),
+        ({"do_resize": "no"}, "do_resize"),
+        ({"do_resize": False, "do_center_crop": False}, "varying size"),
+        ({"do_normalize": 1}, "do_normalize"),
+        ({"data_format": "channels_last"}, "data_format"),
         ({"do_center_crop": "yes"}, "do_center_crop"),
+        ({"crop_to_patches": True}, "crop_to_patches"),
         ({"do_center_crop": False}, "varying size"),
         ({"size": {"shortest_edge": 1, "longest_edge": 2}}, "longest_edge"),
         ({"size": 0}, "size"),
@@ -268,6 +309,10 @@ def test_do_pad_decides_unless_the_caller_does(tmp_path: Path) -> None:
         ({"image_mean": [0.5]}, "image_mean"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std"),
         ({"image_processor_type": "LlavaImageProcessor", "do_pad": True, "image_mean": 122}, "colour"),
+        ({"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_normalize": False}, "do_normalize"),
+        ({"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": []}, "image_grid_pinpoints"),
+        ({"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": [[336, 500]]}, "multiples"),
+        ({"image_processor_type": "LlavaNextImageProcessor", "crop_size": {"height": 336, "width": 300}}, "square"),
         ({"image_processor_type": "ViTImageProcessor"}, "ViTImageProcessor"),
         ({"image_processor_type": None, "feature_extractor_type": None}, "image_processor_type"),
     ],

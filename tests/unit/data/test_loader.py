@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llava_core.data.batch import Batch
-from llava_core.data.examples import ExampleBuilder, ImageSide
+from llava_core.data.examples import ExampleBuilder
+from llava_core.data.image_side import ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import Batching, Step, StepLoader
@@ -58,7 +59,7 @@ class Rows:
         builder = ExampleBuilder(
             sources=Sources([source]),
             tokenizer=load_tokenizer(self.parts.language),
-            images=ImageSide(processor, visual_tokens=9),
+            images=ImageSide(processor, tile_tokens=9),
             pad_id=0,
             vocab_size=320,
             max_length=256,

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_core.data.batch import Batch, Counts, Example
+from llava_core.data.batch import NEWLINE, Batch, Counts, Example, Merge
 from llava_core.data.packing import build_batch, lengthened, pack_samples, pad_samples
 from llava_core.errors import BadRow
 
 PAD = 7
 IMAGE_SIZE = 4
-VISUAL_TOKENS = 3
+FEATURES = 2  # of a tile
 
 
 @st.composite
@@ -99,20 +99,26 @@ def test_padded_micro_batches_are_consecutive(num_samples, micro_size):
 
 
 @st.composite
-def examples(draw):
-    """One to four samples with up to two images each; any token but an image's may be supervised, the first too."""
+def examples(draw, merged=None):
+    """One to four samples with up to two images each, of one or two tiles; any token but an image's may be supervised,
+    the first too. All images' features follow one another, or none's do."""
     built = []
+    merged = draw(st.booleans()) if merged is None else merged
     for number in range(draw(st.integers(1, 4))):
-        tokens, supervised, image_starts = [], [], []
+        tokens, supervised, image_starts, lengths = [], [], [], []
         for piece in range(draw(st.integers(1, 3))):
             if piece > 0:
                 image_starts.append(len(tokens))
-                tokens += [PAD] * VISUAL_TOKENS
-                supervised += [False] * VISUAL_TOKENS
+                lengths.append(draw(st.integers(1, 3)))
+                tokens += [PAD] * lengths[-1]
+                supervised += [False] * lengths[-1]
             text = draw(st.lists(st.tuples(st.integers(10, 99), st.booleans()), min_size=piece == 0, max_size=5))
             tokens += [token for token, _ in text]
             supervised += [label for _, label in text]
-        pixels = torch.full((len(image_starts), 3, IMAGE_SIZE, IMAGE_SIZE), number + 1.0) if image_starts else None
+        tiles = sum(draw(st.integers(1, 2)) for _ in image_starts)
+        pixels = torch.full((tiles, 3, IMAGE_SIZE, IMAGE_SIZE), number + 1.0) if image_starts else None
+        rows = st.lists(st.integers(NEWLINE, tiles * FEATURES - 1), min_size=sum(lengths), max_size=sum(lengths))
+        merge = Merge(torch.tensor(draw(rows)), tiles * FEATURES) if merged and image_starts else None
         built.append(
             Example(
                 f"row-{number}",
@@ -120,10 +126,28 @@ def examples(draw):
                 torch.tensor(supervised),
                 tuple(image_starts),
                 pixels,
-                VISUAL_TOKENS,
+                tuple(lengths),
+                merge,
             )
         )
     return built
+
+
+def slow_visual_indices(samples: list[Example], image_index: list[int]) -> dict[str, object]:
+    """The fields that say what each visual token is, from their places in order."""
+    rows, features = [], 0
+    for sample in samples:
+        if sample.merge is not None:
+            rows += [row if row == NEWLINE else features + row for row in sample.merge.rows.tolist()]
+            features += sample.merge.num_features
+    if not features:
+        return {"image_index": torch.tensor(image_index, dtype=torch.int64), "feature_index": None}
+    found = [(place, row) for place, row in zip(image_index, rows, strict=True) if row != NEWLINE]
+    newlines = [place for place, row in zip(image_index, rows, strict=True) if row == NEWLINE]
+    return {
+        "image_index": torch.tensor([place for place, _ in found] + newlines, dtype=torch.int64),
+        "feature_index": torch.tensor([row for _, row in found], dtype=torch.int64),
+    }
 
 
 def slow_batch(samples: list[Example], padded: bool) -> dict[str, object]:
@@ -133,7 +157,8 @@ def slow_batch(samples: list[Example], padded: bool) -> dict[str, object]:
     boundaries, labels_per_sample, images = [0], [], []
     for sample in samples:
         labels_per_sample.append(0)
-        image_positions = {s + i for s in sample.image_starts for i in range(VISUAL_TOKENS)}
+        spans = zip(sample.image_starts, sample.visual_tokens, strict=True)
+        image_positions = {start + i for start, length in spans for i in range(length)}
         for position in range(longest if padded else sample.length):
             here = len(out["tokens"])
             inside = position < sample.length
@@ -154,10 +179,13 @@ def slow_batch(samples: list[Example], padded: bool) -> dict[str, object]:
         label_tokens=len(out["targets"]),
         pad_tokens=len(out["tokens"]) - num_tokens,
         samples=len(samples),
-        images=len(images),
+        images=sum(len(sample.image_starts) for sample in samples),
+        tiles=len(images),
     )
     return {
         **{name: torch.tensor(values, dtype=torch.int64) for name, values in out.items()},
+        **slow_visual_indices(samples, out["image_index"]),
+        "visual_tokens": tuple(length for sample in samples for length in sample.visual_tokens),
         "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
         "cu_seqlens_host": tuple(boundaries),
         "pixels": torch.stack(images) if images else torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),
@@ -209,7 +237,18 @@ def test_labels_are_split_over_the_samples(samples):
     assert batch.labels_per_sample == tuple(sample.num_labels for sample in samples)
 
 
-@given(examples(), examples())
+@given(examples())
+def test_a_batch_knows_where_its_images_start(samples):
+    batch = build_batch(samples, pad_id=PAD, image_size=IMAGE_SIZE)
+    offsets = batch.cu_seqlens_host
+    assert batch.image_starts == [
+        o + s for sample, o in zip(samples, offsets, strict=False) for s in sample.image_starts
+    ]
+    rows = [row for sample in samples if sample.merge is not None for row in sample.merge.rows.tolist()]
+    assert batch.num_newlines == rows.count(NEWLINE)
+
+
+@given(examples(merged=True), examples(merged=True))
 def test_counts_of_two_batches_add_up(first, second):
     counts = [build_batch(s, pad_id=PAD, image_size=IMAGE_SIZE).counts for s in (first, second, first + second)]
     assert counts[0] + counts[1] == counts[2]
@@ -217,7 +256,7 @@ def test_counts_of_two_batches_add_up(first, second):
 
 
 def test_inputs_are_not_written_to():
-    sample = Example("a", torch.arange(10, 15), torch.tensor([True] * 5), (), None, VISUAL_TOKENS)
+    sample = Example("a", torch.arange(10, 15), torch.tensor([True] * 5), (), None, ())
     batch = build_batch([sample], pad_id=PAD, image_size=IMAGE_SIZE)
     batch.tokens.zero_()
     batch.targets.zero_()
@@ -225,7 +264,7 @@ def test_inputs_are_not_written_to():
 
 
 def test_the_batch_moves_with_its_tensors():
-    sample = Example("a", torch.arange(10, 15), torch.tensor([True] * 5), (), None, VISUAL_TOKENS)
+    sample = Example("a", torch.arange(10, 15), torch.tensor([True] * 5), (), None, ())
     batch = build_batch([sample], pad_id=PAD, image_size=IMAGE_SIZE)
     moved = batch.to(torch.device("meta"))
     assert all(value.is_meta for value in vars(moved).values() if isinstance(value, torch.Tensor))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llava_core.data.documents import TEXT
-from llava_core.data.examples import ExampleBuilder, ImageSide
+from llava_core.data.examples import ExampleBuilder
+from llava_core.data.image_side import ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import Batching, Step, StepLoader
@@ -69,7 +70,7 @@ class Mix:
         builder = ExampleBuilder(
             sources=sources,
             tokenizer=load_tokenizer(self.parts.language),
-            images=ImageSide(processor, visual_tokens=9),
+            images=ImageSide(processor, tile_tokens=9),
             pad_id=0,
             vocab_size=320,
             max_length=MAX_LENGTH,
@@ -198,7 +199,7 @@ def test_an_image_mark_is_a_word_in_a_document_without_images(parts: TinyParts, 
     builder = ExampleBuilder(
         sources=Sources([Source(reader, TEXT, ImageStore(parts.images, 10**6))]),
         tokenizer=tokenizer,
-        images=ImageSide(ImageProcessor.from_folder(parts.vision, "pad"), visual_tokens=9),
+        images=ImageSide(ImageProcessor.from_folder(parts.vision, "pad"), tile_tokens=9),
         pad_id=0,
         vocab_size=320,
         max_length=MAX_LENGTH,

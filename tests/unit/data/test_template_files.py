@@ -227,7 +227,9 @@ def test_internlm2_ids_and_labels_are_xtuners(internlm2: Any, said: list[str], i
         sep = pieces.encode(rules["sep"])
         ids += asked + answered + sep
         labels += [False] * len(asked) + [True] * len(answered) + [False] * len(sep)
-    found = encode(INTERNLM2.render(chat(*said)), tokenizer, visual_tokens=1, pad_id=-200, max_length=1000)
+    conversation = INTERNLM2.render(chat(*said))
+    visual_tokens = [1] * conversation.num_images
+    found = encode(conversation, tokenizer, visual_tokens=visual_tokens, pad_id=-200, max_length=1000)
     assert found.tokens.tolist() == ids
     assert found.supervised.tolist() == labels
 

@@ -83,7 +83,8 @@ class Tokenizers:
         self.reference["byte_level"] = original.ByteLevel(byte_level)
 
     def encode(self, name: str, conversation: Conversation, max_length: int = 10_000) -> Encoded:
-        return encode(conversation, self.ours[name], visual_tokens=VISUAL_TOKENS, pad_id=0, max_length=max_length)
+        visual_tokens = [VISUAL_TOKENS] * conversation.num_images
+        return encode(conversation, self.ours[name], visual_tokens=visual_tokens, pad_id=0, max_length=max_length)
 
 
 @pytest.fixture(scope="module")
@@ -280,15 +281,18 @@ def test_a_prompt_is_never_cut(tokenizers: Tokenizers) -> None:
 
 
 def test_images_need_visual_tokens(tokenizers: Tokenizers) -> None:
-    with pytest.raises(ValueError, match="visual_tokens"):
-        encode(Conversation((ImageSlot(),)), tokenizers.ours["modern"], visual_tokens=0, pad_id=0, max_length=9)
+    for lengths in ((), (0,), (2, 2)):
+        with pytest.raises(ValueError, match="1 images needs visual_tokens"):
+            encode(
+                Conversation((ImageSlot(),)), tokenizers.ours["modern"], visual_tokens=lengths, pad_id=0, max_length=9
+            )
 
 
 def test_dtypes_and_pad_id(tokenizers: Tokenizers) -> None:
     encoded = encode(
         Conversation((ImageSlot(), Span("a dog", True))),
         tokenizers.ours["modern"],
-        visual_tokens=2,
+        visual_tokens=[2],
         pad_id=7,
         max_length=99,
     )
@@ -301,14 +305,14 @@ def test_dtypes_and_pad_id(tokenizers: Tokenizers) -> None:
 def test_tokens_with_trimmed_offsets_belong_where_their_space_is(tmp_path: Path) -> None:
     tokenizer = train_llama3_tokenizer(tmp_path, CORPUS * 8, 400)
     conversation = Conversation((Span("a", False), Span(" dog", True), Span("  ", False), Span(" cat", True)))
-    expected = encode(conversation, tokenizer, visual_tokens=1, pad_id=0, max_length=99)
+    expected = encode(conversation, tokenizer, visual_tokens=(), pad_id=0, max_length=99)
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     with_bos = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.backend_tokenizer.post_processor = processors.Sequence(
         [processors.ByteLevel(add_prefix_space=False, trim_offsets=True), with_bos]
     )
     assert tokenizer(" dog", return_offsets_mapping=True).offset_mapping[1] == (1, 4)
-    encoded = encode(conversation, tokenizer, visual_tokens=1, pad_id=0, max_length=99)
+    encoded = encode(conversation, tokenizer, visual_tokens=(), pad_id=0, max_length=99)
     assert_equal(encoded, (expected.tokens.tolist(), expected.supervised.tolist()))
 
 
@@ -324,13 +328,13 @@ def test_a_tokenizer_that_adds_an_end_is_refused(tmp_path: Path) -> None:
     tokenizer = train_llama_tokenizer(tmp_path, CORPUS * 8, 440, legacy=False)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_eos_token=True)
     with pytest.raises(ConfigError, match="add_eos_token"):
-        encode(Conversation((Span("a", True),)), tokenizer, visual_tokens=0, pad_id=0, max_length=9)
+        encode(Conversation((Span("a", True),)), tokenizer, visual_tokens=(), pad_id=0, max_length=9)
 
 
 def test_no_bos_where_the_tokenizer_adds_none(tmp_path: Path) -> None:
     train_llama_tokenizer(tmp_path, CORPUS * 8, 440, legacy=False)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=False)
-    encoded = encode(Conversation((Span("a dog", True),)), tokenizer, visual_tokens=0, pad_id=0, max_length=9)
+    encoded = encode(Conversation((Span("a dog", True),)), tokenizer, visual_tokens=(), pad_id=0, max_length=9)
     assert encoded.tokens.tolist() == tokenizer("a dog").input_ids
     assert 1 not in encoded.tokens
     assert "bos <s> = 1 (not added to a text)" in describe(tokenizer)
@@ -380,7 +384,7 @@ def test_the_same_corpus_gives_the_same_tokenizer(tmp_path: Path) -> None:
 def test_render_supervised_shows_the_whole_sample(tokenizers: Tokenizers, name: str) -> None:
     encoded = tokenizers.encode(name, V1.render(chat("<image>what", "a 日本 dog", "why", "so")))
     shown = render_supervised(
-        tokenizers.ours[name], encoded.tokens, encoded.supervised, encoded.image_starts, VISUAL_TOKENS
+        tokenizers.ours[name], encoded.tokens, encoded.supervised, encoded.image_starts, encoded.visual_tokens
     )
     assert shown.plain.endswith(
         "user's questions. USER: [image ×3]\nwhat ASSISTANT:⟦ a 日本 dog</s>⟧USER: why ASSISTANT:⟦ so</s>⟧"

@@ -108,8 +108,8 @@ def engine(
 def hf_inputs(example: Example) -> dict[str, Tensor]:
     """A sample as transformers takes it: an image token at each visual position, -100 where nothing is supervised."""
     tokens = example.tokens.clone()
-    for start in example.image_starts:
-        tokens[start : start + example.visual_tokens] = IMAGE_TOKEN_ID
+    for start, length in zip(example.image_starts, example.visual_tokens, strict=True):
+        tokens[start : start + length] = IMAGE_TOKEN_ID
     inputs = {"input_ids": tokens[None], "labels": torch.where(example.supervised, tokens, -100)[None]}
     return inputs if example.pixels is None else inputs | {"pixel_values": example.pixels}
 

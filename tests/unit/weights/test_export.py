@@ -30,6 +30,7 @@ from llava_core.data.packing import build_batch
 from llava_core.data.piece_template import parse_template
 from llava_core.data.records import Turn
 from llava_core.data.templates import BUILTIN_TEMPLATES, V1, Template
+from llava_core.data.tiles import DynamicTiles
 from llava_core.data.tokens import encode_whole
 from llava_core.errors import ConfigError, WeightsError
 from llava_core.inference.assistant import Assistant
@@ -39,6 +40,7 @@ from llava_core.weights import export
 from llava_core.weights.chat_templates import chat_template
 from llava_core.weights.export import export_model
 from llava_core.weights.load import load_model
+from llava_core.weights.processor import load_processor
 from llava_core.weights.shards import TensorToWrite, write_weights
 from llava_core.weights.source import from_folder
 from llava_core.weights.vocabulary import grown, stop_ids
@@ -181,8 +183,37 @@ def test_the_processor_gives_our_ids_and_pixels(name: str, kind: str, aspect: st
     for inputs in (two_steps, one_step):
         assert torch.equal(without_images(inputs["input_ids"][0], loaded.image_token_id), without_slots(example))
         assert (inputs["input_ids"][0] == loaded.image_token_id).nonzero()[0] == example.image_starts[0]
-        assert (inputs["input_ids"] == loaded.image_token_id).sum() == example.visual_tokens
+        assert (inputs["input_ids"] == loaded.image_token_id).sum() == sum(example.visual_tokens)
         assert torch.equal(inputs["pixel_values"], example.pixels)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "plain", "llama_3"])
+@pytest.mark.parametrize("case", ["clip", "siglip"])
+def test_the_processor_of_tiles_gives_our_ids_pixels_and_logits(case: str, kind: str, tmp_path: Path) -> None:
+    source = parts(case)
+    vision = source.spec.vision
+    assert vision is not None
+    tiled = replace(processor("square"), resize=(24, 24), crop=None, tiling=DynamicTiles(1, 6))
+    folder = export_model(source.model, tokenizer(kind), tiled, V1, tmp_path / "hf", dtype=torch.float32)
+    assert load_processor(folder, vision) == tiled
+    example = Assistant(source.model, tokenizer(kind), tiled, V1).build_example("prompt", IMAGE_TURN, [picture()])
+    assert example.pixels is not None
+    assert example.visual_tokens == (len(example.pixels) * 9,) != (9,)
+    loaded = AutoProcessor.from_pretrained(folder)
+    inputs = loaded.apply_chat_template(
+        messages(IMAGE_TURN, picture()),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert torch.equal(without_images(inputs["input_ids"][0], loaded.image_token_id), without_slots(example))
+    assert (inputs["input_ids"] == loaded.image_token_id).sum() == sum(example.visual_tokens)
+    assert torch.equal(inputs["pixel_values"], example.pixels)
+    with torch.no_grad():
+        logits = LlavaForConditionalGeneration.from_pretrained(folder)(**inputs).logits[0, :, :VOCAB_SIZE]
+    if kind == "plain":  # the vocabulary of the model's own size
+        torch.testing.assert_close(our_logits(source.model, example), logits, atol=LOGIT_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["legacy", "plain"])
@@ -192,7 +223,9 @@ def test_text_after_an_image_starts_with_a_word_mark_wherever_it_comes_from(kind
     loaded, trained = AutoTokenizer.from_pretrained(folder), tokenizer(kind)
     image = loaded.convert_tokens_to_ids("<image>")
     for text in ("<image>\nWhat</s>USER: a", "a<image> b", "<image>", "a <image>b\n<image>\nc", "<image>  b"):
-        expected = encode_whole(join_spans([Span(text, False)], adds_bos=False), trained, visual_tokens=1, pad_id=image)
+        conversation = join_spans([Span(text, False)], adds_bos=False)
+        visual_tokens = [1] * conversation.num_images
+        expected = encode_whole(conversation, trained, visual_tokens=visual_tokens, pad_id=image)
         assert loaded(text, add_special_tokens=False)["input_ids"] == expected.tokens.tolist()
 
 
@@ -493,8 +526,8 @@ def without_images(ids: torch.Tensor, image_id: int) -> torch.Tensor:
 
 def without_slots(example: Any) -> torch.Tensor:
     kept = torch.ones(example.length, dtype=torch.bool)
-    for start in example.image_starts:
-        kept[start : start + example.visual_tokens] = False
+    for start, length in zip(example.image_starts, example.visual_tokens, strict=True):
+        kept[start : start + length] = False
     return example.tokens[kept]
 
 
