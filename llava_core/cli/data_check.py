@@ -33,15 +33,16 @@ def check(
 
     from llava_core.config import load_config
     from llava_core.plugins import Registry
-    from llava_core.preflight.check import CHECK_FOLDER, Subject, check_data
+    from llava_core.preflight.check import CHECK_FOLDER, check_data
     from llava_core.preflight.report import print_checked, progress_of_rows
+    from llava_core.preflight.subject import Subject
 
     console = Console()
     checked = load_config(config, overrides or [], options={})
     subject = Subject.of(checked, Registry.discover(), world_size)
     folder = checked.output / CHECK_FOLDER if output is None else output
     num_workers = available_cpus() if workers is None else workers
-    with progress_of_rows(console, len(subject.loader.builder.sources)) as on_row:
+    with progress_of_rows(console, subject.num_rows) as on_row:
         found = check_data(subject, folder, num_workers, on_row)
     print_checked(found, subject, console)
     if strict and found.num_bad:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,18 @@ from llava_core.data.batch import Example
 from llava_core.data.examples import Built, build_or_reject, in_workers, naming_killed_workers
 from llava_core.data.loader import StepLoader
 from llava_core.data.quarantine import Quarantine
+from llava_core.data.readers.index import IntArray
 from llava_core.data.records import Row
-from llava_core.data.share import Share
-from llava_core.engine.layout import Layout
-from llava_core.engine.processes import Processes
 from llava_core.errors import ConfigError
-from llava_core.plugins import Registry
 from llava_core.preflight.epoch import Epoch, EpochReplay
 from llava_core.preflight.measure import RowMeasurer
 from llava_core.preflight.picture import plot_lengths
+from llava_core.preflight.subject import Subject
 from llava_core.preflight.summary import data_summary, epoch_summary, rows_of_repeated
 from llava_core.preflight.tally import Tally
-from llava_core.train.checks import check_data_settings, check_output, check_paths, check_shares, check_vocabulary
-from llava_core.train.data import build_loader, find_processor, largest_micro_batch, open_readers
-from llava_core.train.prepare import open_folders
-from llava_core.train.templates import find_templates
-from llava_core.weights.tokenizer import load_tokenizer
+from llava_core.train.checks import check_output
+from llava_core.train.data import largest_micro_batch
+from llava_core.train.validation import QUARANTINE_FILE
 
 CHECK_FOLDER = "check"
 """Where in a run's folder its data's check is written; a run reads nothing there."""
@@ -42,41 +38,6 @@ MAX_LISTED = 20
 """Ids of several rows, and rows of such an id, that the report names."""
 
 REMEDY = "If memory ran out, give fewer --workers."
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The data of a run.
-
-    Attributes:
-        loader: the run's own; it writes nothing.
-        num_shares: data-parallel processes.
-    """
-
-    config: RunConfig
-    tokenizer: Any
-    loader: StepLoader
-    num_shares: int
-
-    @classmethod
-    def of(cls, config: RunConfig, registry: Registry, world_size: int) -> Subject:
-        """The config's data, of so many processes.
-
-        Raises:
-            LlavaError: what a run would refuse of its data, too.
-        """
-        check_paths(config)
-        layout = Layout.of(config.parallel, world_size)
-        check_shares(config, layout)
-        model = open_folders(config.model)
-        check_data_settings(config, model.spec)
-        tokenizer = load_tokenizer(model.tokenizer)
-        check_vocabulary(tokenizer, model.spec)
-        readers = open_readers(config, registry, Processes())
-        templates = find_templates(config.data, readers, registry, tokenizer, model)
-        processor = find_processor(config.data, model)
-        loader = build_loader(config, readers, templates, model.spec, tokenizer, processor, Share(writes=False))
-        return cls(config, tokenizer, loader, layout.data)
 
 
 @dataclass(frozen=True)
@@ -98,12 +59,13 @@ class Checked:
     @property
     def num_bad(self) -> int:
         """Rows that cannot be used."""
-        num_bad: int = self.report["rows"]["bad"]
-        return num_bad
+        parts = [self.report, self.report["validation"] or {"rows": {"bad": 0}}]
+        return sum(part["rows"]["bad"] for part in parts)
 
 
 def check_data(subject: Subject, folder: Path, num_workers: int, on_row: Callable[[], None]) -> Checked:
-    """Measure every row and write `check.json`, `quarantine.jsonl` and `lengths.png` into the folder.
+    """Measure every row and write `check.json`, `quarantine.jsonl` and `lengths.png` into the folder, and of bad rows
+    that are validated on `validation-quarantine.jsonl`.
 
     The files are the same for any number of workers.
 
@@ -116,47 +78,65 @@ def check_data(subject: Subject, folder: Path, num_workers: int, on_row: Callabl
         TrainingError: a worker was killed.
     """
     config, loader = subject.config, subject.loader
-    listed = _fresh_folder(folder, config.data.max_bad_fraction)
-    tallies = _measured(loader, listed, num_workers, on_row)
+    _empty(folder)
+    rows = np.arange(len(loader.builder.sources))
+    tallies = _measured(loader, rows, _listed(config, folder / BAD_ROWS), num_workers, on_row)
     whole = Tally.joined(tallies)
-    epoch = _first_epoch(subject, whole, listed)
-    overlong = [loader.builder.overlong or source.reader.usual_overlong for source in loader.builder.sources.sources]
-    summary = data_summary(whole, config.data.max_length, set(overlong))
-    problems = tuple(_problems(summary, epoch, config.data))
+    epoch = _replayed(subject, loader, whole, loader.order(0))
+    trained_on = _described(loader, tallies, whole)
+    problems = _problems(trained_on, epoch, config.data, "its first epoch")
+    validated_on = None
+    if subject.validation is not None:
+        validated_on, more = _validation(subject, subject.validation, folder, num_workers, on_row)
+        problems += [f"validation: {problem}" for problem in more]
     report = {
-        "problems": list(problems),
-        "settings": _settings(subject),
-        **summary,
+        "problems": problems,
+        "settings": _settings(config),
+        **trained_on,
         "epoch": epoch_summary(epoch, subject.num_shares),
         "repeated_ids": _repeated_ids(loader, whole),
-        "sources": [
-            {**_named_source(subject, number), **data_summary(tally, config.data.max_length, {overlong[number]})}
-            for number, tally in enumerate(tallies)
-        ],
+        "validation": validated_on,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plot_lengths(folder / PICTURE, whole, config.data.max_length)
-    return Checked(report, problems, tuple(_first_example(loader, n, t) for n, t in enumerate(tallies)), folder)
+    examples = tuple(_first_example(loader, number, tally) for number, tally in enumerate(tallies))
+    return Checked(report, tuple(problems), examples, folder)
 
 
-def _fresh_folder(folder: Path, max_bad_fraction: float) -> Quarantine:
-    """The list of bad rows in a folder that holds no older check."""
+def _validation(
+    subject: Subject, loader: StepLoader, folder: Path, num_workers: int, on_row: Callable[[], None]
+) -> tuple[dict[str, Any], list[str]]:
+    """What the rows are that are validated on, which may be some of their data alone; and what would stop the run."""
+    config, rows = subject.config, loader.order(0)
+    tallies = _measured(loader, rows, _listed(config, folder / QUARANTINE_FILE), num_workers, on_row)
+    whole = Tally.joined(tallies)
+    described = _described(loader, tallies, whole)
+    replayed = _replayed(subject, loader, whole, np.arange(len(rows)))  # of the rows that were measured, all in order
+    return described, _problems(described, replayed, config.data, "the validation")
+
+
+def _empty(folder: Path) -> None:
+    """A folder that holds no older check. Raises ConfigError."""
     if any((folder / name).exists() for name in OF_A_RUN):
         raise ConfigError(f"--output {folder} is a run's own folder, whose files a check would replace: name another.")
     check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (REPORT, BAD_ROWS, PICTURE):
+    for name in (REPORT, BAD_ROWS, QUARANTINE_FILE, PICTURE):
         (folder / name).unlink(missing_ok=True)
-    return Quarantine(folder / BAD_ROWS, max_bad_fraction)
 
 
-def _measured(loader: StepLoader, listed: Quarantine, num_workers: int, on_row: Callable[[], None]) -> list[Tally]:
-    """What each source's rows are; the bad ones are listed."""
-    sources = loader.builder.sources
-    tallies = [Tally() for _ in sources.sources]
+def _listed(config: RunConfig, path: Path) -> Quarantine:
+    return Quarantine(path, config.data.max_bad_fraction)
+
+
+def _measured(
+    loader: StepLoader, rows: IntArray, listed: Quarantine, num_workers: int, on_row: Callable[[], None]
+) -> list[Tally]:
+    """What these rows of each source are; the bad ones are listed."""
+    tallies = [Tally() for _ in loader.builder.sources.sources]
     measure = RowMeasurer(loader.builder).measure
     with naming_killed_workers(REMEDY):
-        for facts in in_workers(measure, np.arange(len(sources)), num_workers):
+        for facts in in_workers(measure, rows, num_workers):
             tallies[facts.source].add(facts)
             if bad := facts.rejected:
                 listed.add(bad.id, bad.index, bad.reason, bad.message, bad.source)
@@ -164,33 +144,52 @@ def _measured(loader: StepLoader, listed: Quarantine, num_workers: int, on_row: 
     return tallies
 
 
-def _first_epoch(subject: Subject, whole: Tally, listed: Quarantine) -> Epoch:
-    config, loader = subject.config, subject.loader
-    tokens = whole.samples[:, 0]
-    most = largest_micro_batch(config)
-    replay = EpochReplay(whole.num_samples_of_rows, tokens, loader.batching, subject.num_shares, most)
-    return replay.run(loader.order(0), Quarantine(listed.path, listed.max_fraction, writes=False))
+def _replayed(subject: Subject, loader: StepLoader, whole: Tally, rows: IntArray) -> Epoch:
+    """How the loader goes through these of the rows that were measured."""
+    most = largest_micro_batch(subject.config)
+    lengths = whole.samples[:, 0]
+    replay = EpochReplay(whole.num_samples_of_rows, lengths, loader.batching, subject.num_shares, most)
+    return replay.run(rows, Quarantine(Path(BAD_ROWS), subject.config.data.max_bad_fraction, writes=False))
 
 
-def _problems(summary: dict[str, Any], epoch: Epoch, data: DataConfig) -> list[str]:
+def _described(loader: StepLoader, tallies: Sequence[Tally], whole: Tally) -> dict[str, Any]:
+    """The numbers of all rows, and those of each source."""
+    builder = loader.builder
+    sources = builder.sources.sources
+    overlong = [builder.overlong or source.reader.usual_overlong for source in sources]
+    return {
+        **data_summary(whole, builder.max_length, set(overlong)),
+        "sources": [
+            {
+                "path": str(source.reader.fingerprint.get("path", "")),
+                "template": source.template.name if source.template else None,
+                **data_summary(tally, builder.max_length, {becomes}),
+            }
+            for source, tally, becomes in zip(sources, tallies, overlong, strict=True)
+        ],
+    }
+
+
+def _problems(summary: dict[str, Any], epoch: Epoch, data: DataConfig, where: str) -> list[str]:
+    """What would keep a run from going through these rows; `where` is what it does then."""
     rows, found = summary["rows"], []
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in rows["reasons"].items())
     if epoch.stopped is not None:
         found.append(
             f"{rows['bad']:,} of {rows['total']:,} rows cannot be used ({reasons}), and data.max_bad_fraction is "
-            f"{data.max_bad_fraction:g}: a run would stop in step {epoch.stopped:,} of its first epoch. Mend or remove "
-            "the rows, or raise the limit."
+            f"{data.max_bad_fraction:g}: a run would stop in step {epoch.stopped:,} of {where}. Mend or remove the "
+            "rows, or raise the limit."
         )
     if not epoch.samples:
         dropped = summary["overlong"]["rows_dropped"]
         why = [reasons] * bool(reasons) + [f"{dropped:,} dropped for their length"] * bool(dropped)
-        found.append(f"no row becomes a sample to train on: {', '.join(why)}.")
+        found.append(f"no row becomes a sample: {', '.join(why)}.")
     return found
 
 
-def _settings(subject: Subject) -> dict[str, Any]:
+def _settings(config: RunConfig) -> dict[str, Any]:
     """What of the config the numbers depend on most."""
-    data, batch = subject.config.data, subject.config.batch
+    data, batch = config.data, config.batch
     return {
         "max_length": data.max_length,
         "max_bad_fraction": data.max_bad_fraction,
@@ -198,14 +197,6 @@ def _settings(subject: Subject) -> dict[str, Any]:
         "global_size": batch.global_size,
         "micro_tokens": batch.micro_tokens,
         "micro_size": batch.micro_size,
-    }
-
-
-def _named_source(subject: Subject, number: int) -> dict[str, Any]:
-    source = subject.loader.builder.sources.sources[number]
-    return {
-        "path": str(subject.config.data.inputs[number].path),
-        "template": source.template.name if source.template else None,
     }
 
 

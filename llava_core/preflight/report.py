@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_core.data.tokens import render_supervised
-from llava_core.preflight.check import BAD_ROWS, Checked, Subject
+from llava_core.preflight.check import Checked
+from llava_core.preflight.subject import Subject
 
 LINES = 10
 """How many lines tell of the progress where there is no terminal to draw a bar on."""
@@ -32,31 +33,34 @@ def print_checked(checked: Checked, subject: Subject, console: Console) -> None:
             name = f" of {Path(source['path']).name}" if len(checked.examples) > 1 else ""
             title = Text(f"first sample{name}, {example.id}; ⟦supervised⟧")
             console.print(Panel(text, title=title, title_align="left"))
-    console.print(_data_table(checked.report))
+    max_length, validated_on = subject.config.data.max_length, checked.report["validation"]
+    console.print(_data_table(checked.report, "data", max_length))
     console.print(_epoch_table(checked.report))
-    listed = f", {BAD_ROWS} lists the bad rows" if checked.num_bad else ""
+    if validated_on is not None:
+        console.print(_data_table(validated_on, "validation", max_length))
+    listed = ", with a list of the bad rows" if checked.num_bad else ""
     console.print(f"written to {checked.folder}{listed}", markup=False, soft_wrap=True)
     for problem in checked.problems:
         console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
 
 
-def _data_table(report: dict[str, Any]) -> Table:
+def _data_table(report: dict[str, Any], title: str, max_length: int) -> Table:
     """A column for each source where there are several, and one for all."""
     sources = report["sources"]
-    table = Table(title="data", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     if len(sources) > 1:
         for source in sources:
             table.add_column(Text(Path(source["path"]).name), justify="right", overflow="fold")
     table.add_column("all", justify="right", overflow="fold")
     columns = [*sources, report] if len(sources) > 1 else [report]
-    for label, cell in _cells(report):
+    for label, cell in _cells(report, max_length):
         table.add_row(label, *(Text(cell(column)) for column in columns))
     return table
 
 
-def _cells(report: dict[str, Any]) -> Iterator[tuple[str, Cell]]:
-    max_length = report["settings"]["max_length"]
+def _cells(report: dict[str, Any], max_length: int) -> Iterator[tuple[str, Cell]]:
+    """What each line tells of a data set."""
     yield "rows", lambda d: f"{d['rows']['total']:,}"
     yield "bad rows", lambda d: _share(d["rows"]["bad"], d["rows"]["total"])
     for reason in report["rows"]["reasons"]:

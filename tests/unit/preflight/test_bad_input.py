@@ -26,7 +26,7 @@ from llava_core.data.quarantine import Quarantine
 from llava_core.engine.processes import Processes
 from llava_core.errors import ConfigError, DataError
 from llava_core.plugins import Registry
-from llava_core.preflight.check import Subject
+from llava_core.preflight.subject import Subject
 from llava_core.testing.datasets import TinyParts
 from llava_core.train.data import open_readers
 from tests.unit.preflight.conftest import settings

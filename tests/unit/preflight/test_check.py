@@ -13,13 +13,15 @@ import pytest
 from PIL import Image
 
 from llava_core.config import RunConfig
+from llava_core.config.data_sets import ValidationConfig
 from llava_core.data.batch import Counts
 from llava_core.data.loader import StepLoader
 from llava_core.data.quarantine import Quarantine
 from llava_core.errors import ConfigError
 from llava_core.plugins import Registry
-from llava_core.preflight.check import Checked, Subject, check_data
+from llava_core.preflight.check import Checked, check_data
 from llava_core.preflight.measure import RowFacts, SampleFacts
+from llava_core.preflight.subject import Subject
 from llava_core.preflight.summary import distribution, rows_of_repeated
 from llava_core.preflight.tally import Tally
 from llava_core.testing.datasets import TinyParts
@@ -116,7 +118,7 @@ def test_data_without_a_sample_is_a_problem(parts: TinyParts, tmp_path: Path) ->
     (tmp_path / "data.json").write_text(json.dumps(rows))
     data = {"path": str(tmp_path / "data.json"), "overlong": "drop", "max_bad_fraction": 1.0}
     found = checked(settings(parts, tmp_path / "run", data=data), tmp_path / "check")
-    assert found.problems == ("no row becomes a sample to train on: 2 dropped for their length.",)
+    assert found.problems == ("no row becomes a sample: 2 dropped for their length.",)
     assert found.examples == (None,)
     assert found.report["epoch"]["real_share"] is None
     assert found.report["lengths"]["min"] > 256
@@ -136,6 +138,41 @@ def test_sources_have_their_own_numbers(parts: TinyParts, tmp_path: Path) -> Non
     assert second["images"]["usable"] == 0
     for section, key in (("rows", "total"), ("rows", "bad"), ("samples", "total"), ("tokens", "label")):
         assert report[section][key] == first[section][key] + second[section][key]
+
+
+def test_what_is_validated_on_is_checked_as_its_loader_reads_it(parts: TinyParts, tmp_path: Path) -> None:
+    """Some rows held out, and of those every second one or so."""
+    config = with_validation(settings(parts, tmp_path / "run"), fraction=0.5, max_samples=12)
+    subject = Subject.of(config, Registry.discover(), 1)
+    found = check_data(subject, tmp_path / "check", 0, lambda: None)
+    assert subject.validation is not None
+    assert found.report["rows"]["total"] == 20
+    report, steps = found.report["validation"], list(subject.validation.from_start())
+    counts = sum((step.counts for step in steps), Counts())
+    assert report["rows"]["total"] == 12
+    assert (report["samples"]["total"], report["tokens"]["total"]) == (counts.samples, counts.tokens)
+    listed = {}
+    for name in ("quarantine.jsonl", "validation-quarantine.jsonl"):
+        lines = (tmp_path / "check" / name).read_text().splitlines()
+        listed[name] = {json.loads(line)["index"]: json.loads(line)["reason"] for line in lines}
+    assert len(listed["validation-quarantine.jsonl"]) == subject.validation.quarantine.num_bad == report["rows"]["bad"]
+    assert report["rows"]["bad"] > 0
+    assert listed["quarantine.jsonl"].items() | listed["validation-quarantine.jsonl"].items() <= BAD.items()
+    assert found.num_bad == sum(map(len, listed.values()))
+
+
+def test_validation_data_that_would_stop_a_run_is_a_problem(parts: TinyParts, tmp_path: Path) -> None:
+    (tmp_path / "void.jsonl").write_text('{"id": "a"}\n' * 11)
+    config = with_validation(settings(parts, tmp_path / "run"), path=tmp_path / "void.jsonl")
+    found = checked(config, tmp_path / "check")
+    stops, empty = found.problems
+    assert stops.startswith("validation: 11 of 11 rows cannot be used (11 malformed_row)")
+    assert "in step 2 of the validation" in stops
+    assert empty == "validation: no row becomes a sample: 11 malformed_row."
+
+
+def with_validation(config: RunConfig, **given: Any) -> RunConfig:
+    return config.model_copy(update={"validation": ValidationConfig(**given)})
 
 
 def test_a_runs_own_folder_is_refused_and_left(parts: TinyParts, tmp_path: Path) -> None:

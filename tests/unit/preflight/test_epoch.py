@@ -16,8 +16,9 @@ from llava_core.data.quarantine import Quarantine
 from llava_core.data.share import Share
 from llava_core.errors import TrainingError
 from llava_core.plugins import Registry
-from llava_core.preflight.check import Subject, check_data
+from llava_core.preflight.check import check_data
 from llava_core.preflight.epoch import EpochReplay
+from llava_core.preflight.subject import Subject
 from llava_core.testing.datasets import TinyParts
 from tests.unit.preflight.conftest import settings
 

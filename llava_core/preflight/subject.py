@@ -1,0 +1,63 @@
+"""What a check looks at: the data of a config, as its run would build it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llava_core.config import RunConfig
+from llava_core.data.loader import StepLoader
+from llava_core.data.share import Share
+from llava_core.engine.layout import Layout
+from llava_core.engine.processes import Processes
+from llava_core.plugins import Registry
+from llava_core.train.checks import check_data_settings, check_paths, check_shares, check_vocabulary
+from llava_core.train.data import build_loader, find_processor, open_readers
+from llava_core.train.prepare import open_folders
+from llava_core.train.templates import find_templates
+from llava_core.train.validation import build_validation
+from llava_core.weights.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The data of a run.
+
+    Attributes:
+        loader: of what the run trains on, its own; it writes nothing.
+        validation: of what it validates on, if anything.
+        num_shares: data-parallel processes.
+    """
+
+    config: RunConfig
+    tokenizer: Any
+    loader: StepLoader
+    validation: StepLoader | None
+    num_shares: int
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are to be checked."""
+        num_validated = 0 if self.validation is None else self.validation.num_rows
+        return len(self.loader.builder.sources) + num_validated
+
+    @classmethod
+    def of(cls, config: RunConfig, registry: Registry, world_size: int) -> Subject:
+        """The config's data, of so many processes.
+
+        Raises:
+            LlavaError: what a run would refuse of its data, too.
+        """
+        check_paths(config)
+        layout = Layout.of(config.parallel, world_size)
+        check_shares(config, layout)
+        model = open_folders(config.model)
+        check_data_settings(config, model.spec)
+        tokenizer = load_tokenizer(model.tokenizer)
+        check_vocabulary(tokenizer, model.spec)
+        readers = open_readers(config, registry, Processes())
+        templates = find_templates(config.data, readers, registry, tokenizer, model)
+        processor = find_processor(config.data, model)
+        loader = build_loader(config, readers, templates, model.spec, tokenizer, processor, Share(writes=False))
+        validation = build_validation(config, registry, Processes(), model, templates, loader)
+        return cls(config, tokenizer, loader, validation.loader if validation else None, layout.data)
