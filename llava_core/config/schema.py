@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llava_core.config.data_sets import SourceConfig, ValidationConfig
+from llava_core.config.lora import LoraConfig
 from llava_core.config.section import (
     NOT_GIVEN,
     Beta,
@@ -345,6 +346,7 @@ class RunConfig(Section):
     batch: BatchConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    lora: LoraConfig | None = Field(None, description="adapters that learn in place of a part's weights")
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     backend: BackendConfig = BackendConfig()

@@ -13,7 +13,7 @@ Shapes: T tokens of a micro-batch, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -95,15 +95,18 @@ class Pipeline:
             total += loss.detach() / loss_scale
         return total
 
-    def whole_weights(self) -> Iterator[Tensor]:
-        """Each weight of the whole model, in the order of its outline, in every process; a step of one is a step of
-        all."""
+    def whole_weights(self, names: Container[str] | None = None) -> Iterator[Tensor]:
+        """Each weight of the whole model, or each of `names`, in the order of its outline, in every process; a step of
+        one is a step of all."""
         place = self._mesh.devices.get_local_rank("pp")
         own = {name: parameter.detach() for stage in self.stages for name, parameter in stage.named_parameters()}
         facts = {name: Facts(weight.dtype, tuple(weight.shape)) for name, weight in own.items()}
         found = self._mesh.processes.gather((place, facts))
         holders = {name: (holder, facts) for holder, held in found for name, facts in held.items()}
-        for name, _ in outline(self.stages[0].spec).named_parameters():
+        first = self.stages[0]
+        for name, _ in outline(first.spec, adapters=first.adapters).named_parameters():
+            if names is not None and name not in names:
+                continue
             holder, known = holders[name]
             weight = torch.empty(known.shape, dtype=known.dtype, device=self._device)
             if holder == place:

@@ -86,7 +86,8 @@ def _learning_tower_layers(model: Llava) -> Iterator[nn.Module]:
 
 def _arrange(layer: nn.Module, keeping: Keeping) -> None:
     if keeping.recompute == "full":
-        layer.forward = _again(layer.forward)
+        draws = any(isinstance(module, nn.Dropout) for module in layer.modules())
+        layer.forward = _again(layer.forward, draws=draws)
     forgets = keeping.recompute == "selective" and not keeping.compiled
     if forgets or keeping.store is not None:
         memory = LayerMemory(keeping.store)
@@ -95,15 +96,15 @@ def _arrange(layer: nn.Module, keeping: Keeping) -> None:
         layer.forward = _keeping(layer, memory)
 
 
-def _again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps the arguments alone."""
+def _again(forward: Callable[..., Tensor], *, draws: bool) -> Callable[..., Tensor]:
+    """Keeps the arguments alone, and of a layer that draws random numbers their state."""
 
     @wraps(forward)
     def done_again(*arguments: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(*arguments)
-        # Nothing in a layer draws random numbers, whose state would have to be put back.
-        result: Tensor = checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+        # Putting back the state of what draws numbers is work that most layers, which draw none, do without.
+        result: Tensor = checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=draws)
         return result
 
     return done_again

@@ -153,7 +153,8 @@ class TorchEngine:
         Raises:
             CheckpointError: it belongs to another model or another choice of trainable parts.
         """
-        whole = outline(self.model.spec, self._trained_parts, self.model.compute_dtype)
+        model = self.model
+        whole = outline(model.spec, self._trained_parts, model.compute_dtype, adapters=model.adapters)
         learning = {n: Facts(p.dtype, tuple(p.shape)) for n, p in whole.named_parameters() if p.requires_grad}
         restore(stored, learning, self.trained, self.optimizer, self.hardware.backend.rng)
         if self.loss_scale is not None:

@@ -19,7 +19,18 @@ def part_of(name: str) -> str:
     return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
 
 
-def train_only(model: nn.Module, parts: Collection[str]) -> None:
-    """Freeze every parameter outside `parts`."""
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return ".lora_" in name
+
+
+def plain_name(name: str) -> str:
+    """What a weight would be called without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def train_only(model: nn.Module, parts: Collection[str], adapted: Collection[str] = ()) -> None:
+    """Freeze every parameter outside `parts`, and of those in `adapted` what is no adapter's."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts)
+        part = part_of(name)
+        parameter.requires_grad_(part in parts and (part not in adapted or is_adapter(name)))

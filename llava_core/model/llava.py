@@ -6,6 +6,7 @@ Shapes: T tokens, I images, V visual tokens an image, D width, K supervised posi
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from llava_core.model.spec import ModelSpec
 from llava_core.model.stage import Stage
 from llava_core.model.vision import VisionTower
 
+if TYPE_CHECKING:
+    from llava_core.model.adapters import Adapters
+
 
 class Llava(nn.Module):
     """A LLaVA, or a language model alone where the spec has no vision; or a stage of one.
@@ -25,7 +29,10 @@ class Llava(nn.Module):
     Attributes:
         compute_dtype: dtype of the activations.
         stage: what it has of the whole model; everything, if not given.
+        adapters: what learns in place of weights; None for weights alone.
     """
+
+    adapters: Adapters | None = None
 
     def __init__(self, spec: ModelSpec, ops: OpSet, compute_dtype: torch.dtype, stage: Stage | None = None) -> None:
         super().__init__()

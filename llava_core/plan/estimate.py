@@ -103,7 +103,7 @@ def estimate(subject: Subject, layout: Layout, rank: int, step: PlannedStep) -> 
             run_step(engine, simulation, on_device(batch, subject.spec, simulation), simulated)
         config = subject.config
         sample = planned_batch(subject.spec, replace(step, micro_samples=1, room=None))
-        flops = step_flops(subject.spec, config.train.trainable, [sample]) * config.batch.global_size
+        flops = step_flops(subject.spec, config.train.trainable, [sample], subject.adapters) * config.batch.global_size
         named = (named for stage in engine.stages for named in stage.named_parameters())
         return Estimate(
             rank,
@@ -131,7 +131,7 @@ def weightless_engine(
     ops, kernels = planned_ops(spec, subject.backend, use, config.backend.kernels, is_here=bool(subject.devices))
     engine = build_engine(
         uncompiled(config),
-        weightless_source(spec, simulation),
+        replace(weightless_source(spec, simulation), adapters=subject.adapters),
         ops,
         dtype,
         Hardware(subject.backend, torch.device(HOST)),

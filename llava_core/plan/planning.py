@@ -33,7 +33,7 @@ class Plan:
         """Each part of the model: its name, whether it learns, and parameters of the whole and of this process."""
         whole: Counter[str] = Counter()
         own: Counter[str] = Counter()
-        for name, weight in outline(self.subject.spec).named_parameters():
+        for name, weight in outline(self.subject.spec, adapters=self.subject.adapters).named_parameters():
             whole[part_of(name)] += weight.numel()
         for parameter in self.estimate.parameters:
             own[parameter.part] += parameter.num_local

@@ -79,9 +79,11 @@ def _overview(plan: Plan) -> Table:
 
 def _sizes(plan: Plan) -> Table:
     table = _titled("parameters", "part", "", "of the model", f"of rank {plan.estimate.rank}")
-    sizes = plan.part_sizes()
+    sizes, adapters = plan.part_sizes(), plan.subject.adapters
+    adapted = adapters.parts if adapters is not None else {}
     for part, trained, whole, own in sizes:
-        table.add_row(part, "trained" if trained else "frozen", f"{whole:,}", f"{own:,}")
+        learns = "adapters trained" if part in adapted else "trained" if trained else "frozen"
+        table.add_row(part, learns, f"{whole:,}", f"{own:,}")
     table.add_row("all", "", f"{sum(row[2] for row in sizes):,}", f"{sum(row[3] for row in sizes):,}")
     return table
 

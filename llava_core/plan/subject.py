@@ -22,6 +22,7 @@ from llava_core.engine.hardware import (
 from llava_core.engine.layout import Layout
 from llava_core.engine.tensor import check_tensor
 from llava_core.errors import ConfigError
+from llava_core.model.adapters import Adapters
 from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
 from llava_core.train.checks import (
@@ -32,6 +33,7 @@ from llava_core.train.checks import (
     check_trainable,
     moved_to_host,
 )
+from llava_core.train.lora import adapters_of, check_lora
 from llava_core.train.prepare import open_spec
 from llava_core.train.stages import pipeline_stages
 
@@ -74,6 +76,7 @@ class Subject:
             LlavaError: a setting that the run would refuse, whatever its data; of a backend whose device is not here,
                 what it would refuse is not asked.
         """
+        check_lora(self.config)
         layout = Layout.of(self.config.parallel, world_size)
         check_shares(self.config, layout)
         check_trainable(self.config, self.spec)
@@ -85,6 +88,11 @@ class Subject:
             check_backend(self.config, Hardware(self.backend, torch.device(self.backend.device_type)))
         check_not_offloaded(self.config)
         return layout
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What learns beside the weights; their values, of an earlier adapter say, are not looked at."""
+        return None if self.config.lora is None else adapters_of(self.config.lora)
 
     def device_memory(self, world_size: int) -> int | None:
         """Bytes of a device that is here, for one of so many processes; None where that is not known."""

@@ -29,6 +29,7 @@ def check_paths(config: RunConfig) -> None:
     """
     named = {
         **{f"model.{key}": getattr(config.model, key) for key in ("path", "vision", "language", "projector")},
+        "lora.path": config.lora.path if config.lora is not None else None,
         **_data_paths(config),
     }
     missing = [f"\n  {key} = {path}: no such file or folder" for key, path in named.items() if not _there(path)]

@@ -6,35 +6,49 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 from llava_core.data.batch import Batch
+from llava_core.model.adapters import Adapters, LowRank
 from llava_core.model.spec import ModelSpec, TextSpec, VisionSpec, projector_depth
+from llava_core.train.adapter_flops import text_adapter_flops, vision_adapter_flops
 
 
-def step_flops(spec: ModelSpec, trainable: Collection[str], batches: Sequence[Batch]) -> float:
+def step_flops(
+    spec: ModelSpec, trainable: Collection[str], batches: Sequence[Batch], adapters: Adapters | None = None
+) -> float:
     """FLOPs of the forward and backward passes over a step's micro-batches; recomputation and padding are not work.
 
     A matmul of [m, k] by [k, n] is 2mkn. Its backward is as much again for the gradient of its input and as much for
     that of its weight, where each is needed: a frozen decoder above a trained projector passes gradients on but has
-    none of its own, and a frozen tower has neither. Causal attention does half of the square.
+    none of its own, and a frozen tower has neither. A part with adapters has gradients of theirs alone. Causal
+    attention does half of the square. What DoRA does for the norms of weights is not counted.
     """
     total = 0.0
-    projector_learns = bool({"projector", "vision"} & set(trainable))
+    given = adapters.parts if adapters is not None else {}
+    learns_below = bool({"projector", "vision"} & set(trainable))
     for batch in batches:
         language = _text_flops(spec.text, batch)
         attention = _causal_attention_flops(spec.text, batch)
-        backward = projector_learns or "language" in trainable
-        total += language * (1 + backward + ("language" in trainable)) + attention * (1 + 2 * backward)
+        backward = learns_below or "language" in trainable
+        own = "language" in trainable and "language" not in given
+        total += language * (1 + backward + own) + attention * (1 + 2 * backward)
+        if "language" in given:
+            total += text_adapter_flops(spec.text, given["language"], batch, learns_below=learns_below)
         if spec.vision is not None:
-            total += batch.counts.tiles * vision_flops(spec.vision, trained="vision" in trainable)
+            tower = vision_flops(spec.vision, trained="vision" in trainable, adapted=given.get("vision"))
+            total += batch.counts.tiles * tower
             total += (batch.counts.image_tokens - batch.num_newlines) * projector_flops(spec, trainable)
     return total
 
 
-def vision_flops(spec: VisionSpec, *, trained: bool) -> float:
+def vision_flops(spec: VisionSpec, *, trained: bool, adapted: LowRank | None = None) -> float:
     """FLOPs of one tile through the layers that are run, and back where they learn; pixels have no gradient."""
     width, positions = spec.hidden_size, spec.num_positions
-    layer = 2 * positions * (4 * width**2 + 2 * width * spec.intermediate_size) + 4 * positions**2 * width
+    matrices = 2 * positions * (4 * width**2 + 2 * width * spec.intermediate_size)
+    attention = 4 * positions**2 * width
     patches = 2 * spec.num_patches * 3 * spec.patch_size**2 * width
-    return spec.num_layers_run * layer * (1 + 2 * trained) + patches * (1 + trained)
+    if adapted is not None:
+        added = vision_adapter_flops(spec, adapted)
+        return spec.num_layers_run * (matrices * 2 + attention * 3) + patches + added
+    return spec.num_layers_run * (matrices + attention) * (1 + 2 * trained) + patches * (1 + trained)
 
 
 def projector_flops(spec: ModelSpec, trainable: Collection[str]) -> float:

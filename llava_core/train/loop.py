@@ -24,6 +24,7 @@ from llava_core.train import report, resume
 from llava_core.train.agreement import agree
 from llava_core.train.flops import step_flops
 from llava_core.train.interrupt import StopRequest, stop_on_signals
+from llava_core.train.lora import ADAPTER_FOLDER, export_adapter, seed_step
 from llava_core.train.metrics import StepMetrics, ValidationMetrics
 from llava_core.train.plots import plot_loss
 from llava_core.train.prepare import EXPORT_FOLDER, Run, open_run, prepare
@@ -172,6 +173,7 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
             if not shown and step.batches[0].ids:  # a filler has nothing to show
                 shown = True
                 report.print_first_sample(run, step, console)
+            seed_step(run, done)
             profiler.before(done)
             result = run.engine.step(step.batches, run.schedule.scale(place), step.labelled)
             profiler.after(done)
@@ -196,7 +198,8 @@ def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: f
     """The numbers of a step."""
     counts, backend = step.counts, run.hardware.backend
     sharers = run.engine.mesh.layout.sharers if run.engine.mesh is not None else 1
-    flops = step_flops(run.source.spec, run.config.train.trainable, step.batches) / seconds / sharers
+    source, trainable = run.source, run.config.train.trainable
+    flops = step_flops(source.spec, trainable, step.batches, source.adapters) / seconds / sharers
     peak = backend.peak_flops.get(run.engine.model.compute_dtype)
     memory = backend.memory.peak_bytes()
     backend.memory.reset_peak()
@@ -226,7 +229,9 @@ def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: f
 
 
 def export_run(run: Run, folder: Path) -> None:
-    """The trained model as a Hugging Face folder."""
+    """The trained model as a Hugging Face folder, and before it the adapters, if there are any, in another."""
+    if run.source.adapters is not None:
+        export_adapter(run, run.config.output / ADAPTER_FOLDER)
     export_model(
         run.engine.model,
         run.tokenizer,

@@ -43,10 +43,12 @@ from llava_core.train.checks import (
     check_vocabulary,
 )
 from llava_core.train.data import build_loader, data_share, find_processor, largest_micro_batch, open_readers
+from llava_core.train.lora import ADAPTER_FOLDER, adapters_of, check_lora
 from llava_core.train.schedule import Schedule, build_schedule
 from llava_core.train.stages import pipeline_stages
 from llava_core.train.templates import find_templates
 from llava_core.train.validation import Validation, build_validation
+from llava_core.weights.adapter_folder import put_adapters, refuse_other_than_adapter
 from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import PartOf, load_model
 from llava_core.weights.source import ModelFolders, ModelSource, compose, composed_spec, folder_spec, from_folder
@@ -95,7 +97,10 @@ def open_run(config: RunConfig, registry: Registry, processes: Processes) -> Har
     """
     check_paths(config)
     refuse_foreign(config.output / EXPORT_FOLDER)
+    if config.lora is not None:
+        refuse_other_than_adapter(config.output / ADAPTER_FOLDER)
     check_trackers(config, registry)
+    check_lora(config)
     check_shares(config, Layout.of(config.parallel, processes.size))
     return open_hardware(
         config.backend.name,
@@ -119,6 +124,8 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     seed_everything(config.train.seed, hardware)
     source = open_source(config.model)
     trainable = check_trainable(config, source.spec)
+    if config.lora is not None:
+        source = put_adapters(source, adapters_of(config.lora), config.lora.path)
     check_tensor(source.spec, config.parallel.tensor)
     check_recompute(config, source.spec)
     pipeline_stages(config, source.spec)
@@ -184,7 +191,7 @@ def build_engine(
         compute_dtype=dtype,
         device=torch.device(HOST) if config.parallel.offload else hardware.device,
         trainable=trainable,
-        projector_seed=config.train.seed,
+        seed=config.train.seed,
         arrange=partial(arrange, config=config, mesh=mesh, hardware=hardware),
         part_of=part_of,
     )

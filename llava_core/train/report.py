@@ -11,11 +11,12 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from llava_core.backend import Selection
 from llava_core.data.loader import Step
 from llava_core.data.tokens import describe, render_supervised
-from llava_core.model.freeze import PARTS
+from llava_core.model.freeze import PARTS, is_adapter, part_of
 from llava_core.train.metrics import StepMetrics, ValidationMetrics
 from llava_core.train.prepare import Run
 from llava_core.train.schedule import Schedule
@@ -37,13 +38,11 @@ def print_plan(run: Run, console: Console) -> None:
     table.add_row("host threads", str(torch.get_num_threads()))
     if saved := memory_settings(run):
         table.add_row("memory", saved)
-    whole = outline(run.source.spec)
-    for part, prefix in PARTS.items():
-        sizes = [p.numel() for name, p in whole.named_parameters() if name.startswith(prefix)]
-        if sizes:
-            learns = "trained" if part in run.config.train.trainable else "frozen"
-            learns += ", fresh" if part == "projector" and run.source.fresh_projector else ""
-            table.add_row(part, f"{sum(sizes):,} parameters, {learns}")
+    whole = dict(outline(run.source.spec, run.config.train.trainable, adapters=run.source.adapters).named_parameters())
+    for part in PARTS:
+        own = {name: weight for name, weight in whole.items() if part_of(name) == part}
+        if own:
+            table.add_row(part, described_part(run, part, own))
     table.add_row("data", described_data(run))
     if run.validation is not None:
         table.add_row("validation", described_validation(run, run.validation))
@@ -51,6 +50,19 @@ def print_plan(run: Run, console: Console) -> None:
     table.add_row("length", described_length(run))
     console.print(Panel(table, title="plan", title_align="left"))
     console.print(kernel_table(run.selections))
+
+
+def described_part(run: Run, part: str, parameters: Mapping[str, nn.Parameter]) -> str:
+    """How many parameters it has, and which learn."""
+    size = sum(p.numel() for name, p in parameters.items() if not is_adapter(name))
+    added = sum(p.numel() for name, p in parameters.items() if is_adapter(name))
+    if added:
+        assert run.source.adapters is not None
+        kind, given = "DoRA" if run.source.adapters.dora else "LoRA", run.source.adapters.parts[part]
+        return f"{size:,} parameters, frozen; {added:,} of {kind}, rank {given.rank}, alpha {given.alpha}, trained"
+    learns = "trained" if part in run.config.train.trainable else "frozen"
+    learns += ", fresh" if part == "projector" and run.source.fresh_projector else ""
+    return f"{size:,} parameters, {learns}"
 
 
 def memory_settings(run: Run) -> str:
@@ -66,8 +78,9 @@ def memory_settings(run: Run) -> str:
 
 def print_summary(run: Run, console: Console) -> None:
     """The plan in two lines, without the kernels."""
-    hardware, whole = run.hardware, list(outline(run.source.spec, run.config.train.trainable).parameters())
-    sizes, learning = [p.numel() for p in whole], sum(p.numel() for p in whole if p.requires_grad)
+    hardware, whole = run.hardware, outline(run.source.spec, run.config.train.trainable, adapters=run.source.adapters)
+    sizes = [p.numel() for p in whole.parameters()]
+    learning = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     precision = str(run.engine.model.compute_dtype).removeprefix("torch.")
     console.print(f"{learning:,} of {sum(sizes):,} parameters learn, on {hardware.backend.name} in {precision}")
     console.print(f"{described_length(run)}, from {described_data(run)}")

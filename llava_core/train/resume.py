@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (
     "model.vision",
     "model.language",
     "model.projector",
+    "lora.path",
 )
 """Settings that do not change the numbers of a run beyond the order of sums; those that end in a dot stand for a
 section, and those of a list's entries are written without its number."""

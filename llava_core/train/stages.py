@@ -17,6 +17,7 @@ from llava_core.model.spec import ModelSpec
 from llava_core.model.stage import Stage
 from llava_core.train.data import dynamic_tiles, largest_image
 from llava_core.train.flops import projector_flops, step_flops, vision_flops
+from llava_core.train.lora import adapters_of
 
 
 def pipeline_stages(config: RunConfig, spec: ModelSpec) -> tuple[Stage, ...]:
@@ -69,14 +70,16 @@ def work_around_layers(config: RunConfig, spec: ModelSpec) -> tuple[float, float
     """The work before the first layer and after the last, in layers, in a full micro-batch of the longest samples, each
     with an image, all text supervised."""
     trainable, batch = config.train.trainable, full_batch(config, spec)
+    adapters = None if config.lora is None else adapters_of(config.lora)
 
     def flops(num_layers: int) -> float:
-        return step_flops(replace(spec, text=replace(spec.text, num_layers=num_layers)), trainable, [batch])
+        return step_flops(replace(spec, text=replace(spec.text, num_layers=num_layers)), trainable, [batch], adapters)
 
     layer = flops(3) - flops(2)
     before = 0.0
     if spec.vision is not None:
-        tower = vision_flops(spec.vision, trained="vision" in trainable)
+        adapted = None if adapters is None else adapters.parts.get("vision")
+        tower = vision_flops(spec.vision, trained="vision" in trainable, adapted=adapted)
         before = batch.counts.tiles * tower + batch.counts.image_tokens * projector_flops(spec, trainable)
     return before / layer, (flops(1) - before) / layer - 1
 

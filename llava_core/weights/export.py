@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from llava_core.weights.chat_templates import chat_template
 from llava_core.weights.config_files import EXPORTED_BY, write_files
 from llava_core.weights.internlm2 import RemoteCode, fused
 from llava_core.weights.load import outline
+from llava_core.weights.merged import merged
 from llava_core.weights.names import to_internlm2, to_language_only
 from llava_core.weights.new_folder import new_folder
 from llava_core.weights.shards import TensorToWrite, whole_tensor, write_weights
@@ -62,6 +63,8 @@ def export_model(
     export at `folder` is replaced when the new one is complete; between the two renames this takes, a crash leaves both
     beside it, as `.partial` and `.replaced`.
 
+    Adapters are merged into the weights that they are beside.
+
     Of a model that is spread over processes each of them calls this, and one weight at a time is whole in each.
 
     Args:
@@ -76,10 +79,11 @@ def export_model(
         WeightsError: `folder` holds something else; it is left alone.
         ConfigError: a tokenizer or template that cannot be exported exactly. Nothing was written.
     """
-    weights = weights or _whole_weights(model)
+    weights = weights or whole_weights(model)
+    plain = weights if model.adapters is None else merged(outline(model.spec, adapters=model.adapters), weights)
     try:
         if writes:
-            _write(model, weights, tokenizer, image_processor, template, Path(folder), dtype, remote)
+            _write(model, plain, tokenizer, image_processor, template, Path(folder), dtype, remote)
     finally:
         for _ in weights:
             pass
@@ -169,10 +173,12 @@ def _exported_spec(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> Model
     return replace(spec, text=text, image_token_id=tokenizer.get_vocab()[IMAGE_MARK])
 
 
-def _whole_weights(model: Llava) -> Iterator[Tensor]:
-    """Each parameter, put together from all processes where it is spread; a step of one is a step of all."""
-    for parameter in model.parameters():
-        yield whole_tensor(parameter.detach())
+def whole_weights(model: Llava, names: Container[str] | None = None) -> Iterator[Tensor]:
+    """Each parameter, or each of `names`, put together from all processes where it is spread; a step of one is a step
+    of all."""
+    for name, parameter in model.named_parameters():
+        if names is None or name in names:
+            yield whole_tensor(parameter.detach())
 
 
 def _tensors(whole: Llava, spec: ModelSpec, weights: Iterator[Tensor]) -> dict[str, TensorToWrite]:

@@ -60,7 +60,7 @@ def write_weights(
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, group in zip(names, groups, strict=True):
-        _write_file(folder / file, {name: tensors[name] for name in group}, dtype)
+        write_tensors(folder / file, {name: tensors[name] for name in group}, dtype)
 
 
 def _split(tensors: Mapping[str, TensorToWrite], dtype: torch.dtype, max_file_bytes: int) -> list[list[str]]:
@@ -76,7 +76,8 @@ def _split(tensors: Mapping[str, TensorToWrite], dtype: torch.dtype, max_file_by
     return groups
 
 
-def _write_file(path: Path, tensors: Mapping[str, TensorToWrite], dtype: torch.dtype) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, TensorToWrite], dtype: torch.dtype) -> None:
+    """One file, durable; each tensor is read once, in the mapping's order."""
     with path.open("xb") as file:
         file.write(_header(tensors, dtype))
         for name, tensor in tensors.items():

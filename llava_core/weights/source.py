@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from llava_core.errors import WeightsError
+from llava_core.model.adapters import Adapters
 from llava_core.model.spec import ModelSpec, TextSpec
 from llava_core.weights import internlm2, names
 from llava_core.weights.folder import WeightsFolder, weight_files
@@ -51,6 +52,7 @@ class ModelSource:
         files: every weights file, for fingerprints.
         fresh_projector: the projector has no weights yet and is to be initialised.
         remote: what an export takes over from a language model's folder whose classes are not transformers' own.
+        adapters: what is to be put beside the weights; where `tensors` has no values for it, it starts afresh.
     """
 
     spec: ModelSpec
@@ -60,6 +62,7 @@ class ModelSource:
     files: tuple[Path, ...]
     fresh_projector: bool = False
     remote: RemoteCode | None = None
+    adapters: Adapters | None = None
 
     @property
     def folders(self) -> ModelFolders:

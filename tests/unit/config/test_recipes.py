@@ -19,6 +19,7 @@ LLAVA15 = {
 GIVEN = {
     **LLAVA15,
     "llava-internlm2-20b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
+    "llava-internlm2-20b-sft-lora": ["model.path=stage1", "data.path=d.json", "data.images=i"],
     "llava-mistral-7b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
     "neva-7b-pretrain": ["model.vision=c", "model.language=l", "data.path=d.json", "data.images=i"],
     "neva-7b-sft": ["model.path=stage1", "data.path=d.json", "data.images=i"],
@@ -58,6 +59,23 @@ def test_stage_2_trains_projector_and_language_model_on_instructions() -> None:
     assert (config.optimizer.learning_rate, config.batch.global_size) == (2e-5, 128)
     assert set(config.train.trainable) == {"projector", "language"}
     assert (config.data.template, config.data.image_aspect, config.data.order) == ("v1", "pad", "modality_length")
+
+
+def test_internlm2_20b_with_adapters() -> None:
+    """llava_internlm2_chat_20b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune.py."""
+    config, first = recipe("llava-internlm2-20b-sft-lora"), recipe("llava-internlm2-20b-pretrain")
+    assert config.lora is not None
+    assert {part: (given.rank, given.alpha) for part, given in config.lora.parts.items()} == {
+        "language": (512, 256),
+        "vision": (64, 16),
+    }
+    assert (config.lora.dropout, config.lora.dora) == (0.05, False)
+    assert set(config.train.trainable) == {"vision", "projector", "language"}
+    assert config.optimizer == first.optimizer.model_copy(update={"learning_rate": 2e-4})
+    assert (config.batch.global_size, config.train.epochs) == (8 * 2 * 8, 1)
+    data = config.data
+    assert (data.template, data.image_aspect, data.order) == ("internlm2", "pad", "length_grouped")
+    assert data.max_length == first.data.max_length
 
 
 def test_internlm2_20b() -> None:

@@ -20,6 +20,7 @@ from llava_core.engine.opset import Use, build_ops
 from llava_core.engine.pipeline import Pipeline
 from llava_core.engine.shard import Sharding, part_of, shard_data
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
+from llava_core.model.adapters import Adapters
 from llava_core.model.llava import Llava
 from llava_core.model.spec import ModelSpec
 from llava_core.model.stage import Stage
@@ -76,6 +77,7 @@ def engine(
     stages: Sequence[Stage] = (),
     num_tokens: int = 0,
     arrange: Callable[[Llava], None] = leave_whole,
+    adapters: Adapters | None = None,
     **learning_rates: float,
 ) -> TorchEngine:
     """An engine over the weights of `model`, on the kernels of the backend under test; 1e-3 for every part without a
@@ -85,7 +87,7 @@ def engine(
     named = {prefix + classic_name(model, name): p.detach() for name, p in model.named_parameters()}
     # SigLIP's pooling head comes after the features and is no part of a LLaVA.
     tensors = {n: (lambda tensor=p: tensor) for n, p in named.items() if ".vision_model.head." not in n}
-    source = ModelSource(spec, tensors, Path(), None, ())
+    source = ModelSource(spec, tensors, Path(), None, (), adapters=adapters)
     parts = frozenset(trainable)
     ops, _ = build_ops(spec, hardware().backend, Use(dtype, parts, max_length=64, deterministic=True))
     ops = OpSet.of({}) if reference_ops else ops

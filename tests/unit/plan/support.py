@@ -27,6 +27,7 @@ from llava_core.model.spec import ModelSpec, TextSpec, VisionSpec
 from llava_core.plan.collectives import NAMES
 from llava_core.plan.step import PlannedStep, planned_batch
 from llava_core.plan.subject import Subject
+from llava_core.train.lora import adapters_of
 from llava_core.train.prepare import build_engine
 from llava_core.weights.load import outline
 from llava_core.weights.source import ModelSource
@@ -36,6 +37,9 @@ TEXT = TextSpec("llama", 1024, 256, 704, 4, 4, 4, 64, 1e-5, 2048)
 VISION = VisionSpec("clip", 112, 14, 128, 512, 4, 2, "quick_gelu", 1e-5)
 SPEC = ModelSpec(TEXT, VISION)
 """Small, and shaped as a real one is: sizes grow as widths, feed-forwards and vocabularies of large models do."""
+
+SMALL = 1e-3
+"""Every weight; of zeros DoRA would divide by their norms."""
 
 STEP, STEPS = "one step", 4
 """What a real step is called in a trace, and how many are measured."""
@@ -52,7 +56,7 @@ def run_config(**sections: dict[str, Any]) -> RunConfig:
         "parallel": {},
     }
     for name, section in sections.items():
-        settings[name] = {**settings[name], **section}
+        settings[name] = {**settings.get(name, {}), **section}
         if "micro_size" in section:
             del settings[name]["micro_tokens"]
     return build_config({"output": "run", "backend": {"name": "cpu"}, **settings})
@@ -98,7 +102,7 @@ def measure(config: RunConfig, spec: ModelSpec, processes: Processes) -> Measure
 
 
 def real_engine(config: RunConfig, spec: ModelSpec, layout: Layout, processes: Processes) -> TorchEngine:
-    """An engine on the host, with weights of zeros."""
+    """An engine on the host, with all weights alike."""
     backend = CpuBackend()
     dtype, trainable = compute_dtype(config.train.precision, backend), frozenset(config.train.trainable)
     use = Use(dtype, trainable, config.data.max_length, True, layout.tensor, layout.context)
@@ -106,13 +110,14 @@ def real_engine(config: RunConfig, spec: ModelSpec, layout: Layout, processes: P
     mesh = Mesh.build(processes, layout, "cpu") if processes.size > 1 else None
     step = PlannedStep.of(config, layout)
     hardware = Hardware(backend, torch.device("cpu"))
-    return build_engine(config, zeros(spec), ops, dtype, hardware, mesh, num_tokens=step.micro_tokens)
+    source = replace(constants(spec), adapters=None if config.lora is None else adapters_of(config.lora))
+    return build_engine(config, source, ops, dtype, hardware, mesh, num_tokens=step.micro_tokens)
 
 
-def zeros(spec: ModelSpec) -> ModelSource:
+def constants(spec: ModelSpec) -> ModelSource:
     """Weights in a dtype of no run, so that none is shared with the file that it came from."""
     shapes = {name: tuple(p.shape) for name, p in outline(spec).named_parameters()}
-    tensors: dict[str, Any] = {n: partial(torch.zeros, s, dtype=torch.float64) for n, s in shapes.items()}
+    tensors: dict[str, Any] = {n: partial(torch.full, s, SMALL, dtype=torch.float64) for n, s in shapes.items()}
     return ModelSource(spec, tensors, Path(), None, ())
 
 

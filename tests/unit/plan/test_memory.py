@@ -21,6 +21,7 @@ from tests.unit.plan.support import SPEC, TEXT, measure, run_config, subject
 ERROR = 0.02
 
 STAGE_1, EVERYTHING = ["projector"], ["vision", "projector", "language"]
+LORA = {"language": {"rank": 16, "alpha": 16}, "vision": {"rank": 8, "alpha": 8}}
 CASES: dict[str, dict[str, Any]] = {
     "stage 1, packed, bf16": {"train": {"trainable": STAGE_1, "precision": "bf16"}},
     "stage 2, padded, fp32": {"batch": {"micro_size": 2}},
@@ -28,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "selective": {"train": {"precision": "bf16", "recompute": "selective"}},
     "recomputed": {"train": {"precision": "bf16", "recompute": "full", "recompute_layers": 3}},
     "everything, bf16": {"train": {"trainable": EVERYTHING, "precision": "bf16"}},
+    "LoRA, bf16": {"train": {"trainable": EVERYTHING, "precision": "bf16"}, "lora": {**LORA, "dropout": 0.1}},
+    "DoRA, recomputed": {"train": {"recompute": "selective"}, "lora": {"language": LORA["language"], "dora": True}},
 }
 
 

@@ -18,6 +18,7 @@ SUBJECTS: dict[str, tuple[str, int]] = {
     "llava15-7b-pretrain": ("vicuna-7b-v1.5", 8),
     "llava15-7b-sft": ("vicuna-7b-v1.5", 8),
     "llava-internlm2-20b-pretrain": ("internlm2-chat-20b", 8),
+    "llava-internlm2-20b-sft-lora": ("internlm2-chat-20b", 8),
     "llava-mistral-7b-pretrain": ("mistral-7b-instruct-v0.2", 8),
     "neva-7b-pretrain": ("vicuna-7b-v1.5", 8),
     "neva-7b-sft": ("vicuna-7b-v1.5", 8),

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_core.data.batch import Labelled
+from llava_core.model.adapters import Adapters, LowRank
 from llava_core.model.spec import ModelSpec
 from llava_core.testing.models import random_example, tiny_text_config, tiny_vision_config
 from llava_core.train.flops import step_flops
@@ -15,15 +16,24 @@ from tests.unit.engine.support import batches, engine, hf_model
 PARTS = ("vision", "projector", "language")
 CHOICES = [("projector",), ("projector", "language"), PARTS, ("language",), ("vision",)]
 LANGUAGE = "Llava.language_model"
+LANGUAGE_ADAPTERS = LowRank(4, 4, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+VISION_ADAPTERS = LowRank(2, 2, ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"))
 
 
-def counted(spec: ModelSpec, model: torch.nn.Module, trainable: tuple[str, ...], pieces: tuple[int, ...]) -> float:
+def counted(
+    spec: ModelSpec,
+    model: torch.nn.Module,
+    trainable: tuple[str, ...],
+    pieces: tuple[int, ...],
+    adapters: Adapters | None = None,
+) -> float:
     """What the counter sees of two micro-batches, less the half of causal attention that is never needed.
 
     One sample a micro-batch, so that attention's matmuls are of that sample's square and of nothing masked.
     """
     step = batches([random_example(spec, pieces, seed=i) for i in range(2)], [1, 1])
-    trained = engine(model, spec, trainable=trainable, reference_ops=True)  # the matmuls that the counter knows
+    # The reference's matmuls are those that the counter knows.
+    trained = engine(model, spec, trainable=trainable, reference_ops=True, adapters=adapters)
     with FlopCounterMode(display=False) as counter:
         trained._accumulate(step, Labelled.of(step))
     counts = counter.get_flop_counts()
@@ -38,6 +48,22 @@ def test_a_step_on_images_has_the_counters_flops(trainable: tuple[str, ...]) -> 
     step = batches([random_example(spec, (4, 9), seed=i) for i in range(2)], [1, 1])
     # Exactly: every matmul and convolution is counted from its shape on both sides.
     assert step_flops(spec, trainable, step) == counted(spec, model, trainable, (4, 9))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "adapted"),
+    [
+        (("projector", "language"), {"language": LANGUAGE_ADAPTERS}),
+        (("language",), {"language": LANGUAGE_ADAPTERS}),
+        (PARTS, {"language": LowRank(3, 3, ("v_proj", "down_proj", "q_proj")), "vision": VISION_ADAPTERS}),
+        (PARTS, {"vision": VISION_ADAPTERS}),
+    ],
+)
+def test_a_step_with_adapters_has_the_counters_flops(trainable: tuple[str, ...], adapted: dict[str, LowRank]) -> None:
+    model, spec = hf_model(text=tiny_text_config(num_key_value_heads=2))
+    step = batches([random_example(spec, (4, 9), seed=i) for i in range(2)], [1, 1])
+    adapters = Adapters(adapted)
+    assert step_flops(spec, trainable, step, adapters) == counted(spec, model, trainable, (4, 9), adapters)
 
 
 def test_two_images_and_the_class_token_are_counted() -> None:

@@ -41,7 +41,7 @@ def load(source: ModelSource, *, trainable=(), dtype=torch.float32, seed=0) -> L
         compute_dtype=dtype,
         device=hardware().device,
         trainable=frozenset(trainable),
-        projector_seed=seed,
+        seed=seed,
     )
 
 
