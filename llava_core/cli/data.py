@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from llava_core.cli.data_check import check
+from llava_core.cli.data_prepare import prepare
 
 data = typer.Typer(name="data", no_args_is_help=True)
 
@@ -14,4 +15,5 @@ def group() -> None:
     """Work on a data set before a run."""
 
 
-data.command()(check)
+for command in (check, prepare):
+    data.command()(command)

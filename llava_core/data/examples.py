@@ -14,12 +14,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llava_core.data.batch import Example
-from llava_core.data.conversation import check_image_count
-from llava_core.data.documents import with_marks_as_text
+from llava_core.data.encoding import conversation_of, expanded
 from llava_core.data.image_side import ImageSide
 from llava_core.data.overlong import Encoded, Overlong, fit_each
 from llava_core.data.readers.index import IntArray
-from llava_core.data.records import EmbeddedImage, Record, Row, TokenRow
+from llava_core.data.records import EmbeddedImage, EncodedRecord, Record, Row, TokenRow, TokenSequence
 from llava_core.data.sources import Place, Source, Sources
 from llava_core.data.tokens import encode_whole
 from llava_core.errors import BadRow, TrainingError
@@ -32,10 +31,6 @@ ROWS_PER_MESSAGE = 8
 
 
 TRAIN_ON = "The last checkpoint is intact. If memory ran out, lower data.num_workers or batch.global_size."
-
-
-MAX_CHARACTERS = 1 << 24
-"""A row of a longer text is set aside: a tokenizer takes about 250 bytes for each character."""
 
 
 @dataclass(frozen=True)
@@ -77,45 +72,45 @@ class ExampleBuilder:
             BadRow: the row cannot be used.
         """
         source = self.sources.sources[place.source]
-        wholes = self._encode_ids(row) if isinstance(row, TokenRow) else [self._encode_text(source, row)]
+        wholes = self._encode_ids(row) if isinstance(row, TokenRow) else [self._encode(source, row)]
         overlong = self.overlong or source.reader.usual_overlong
         pieces = fit_each(wholes, self.max_length, overlong)
-        images = row.images if isinstance(row, Record) else ()
+        images = () if isinstance(row, TokenRow) else row.images
         return Built(
             examples=tuple(self._example(source, row.id, piece, images) for piece in pieces),
             overlong=any(whole.length > self.max_length for whole in wholes),
             lengths=tuple(whole.length for whole in wholes),
         )
 
-    def _encode_text(self, source: Source, record: Record) -> Encoded:
-        if record.images and self.images is None:
+    def _encode(self, source: Source, row: Record | EncodedRecord) -> Encoded:
+        if row.images and self.images is None:
             raise BadRow("unexpected_image", "the row has an image, and the model has no vision tower.")
-        num_characters = sum(len(turn.text) for turn in record.turns)
-        if num_characters > MAX_CHARACTERS:
-            raise BadRow(
-                "row_too_large",
-                f"the row's text has {num_characters} characters, the limit is {MAX_CHARACTERS}: split the row",
-            )
+        if isinstance(row, EncodedRecord):
+            if row.refused is not None:
+                raise row.refused
+            self._check_ids(row.sequence)
+            visual_tokens = [self._visual_tokens(source, image) for image in row.images]
+            return expanded(row.sequence, row.image_starts, visual_tokens=visual_tokens, pad_id=self.pad_id)
         assert source.template is not None  # of a source of text
-        conversation = source.template.render(record.turns)
-        if source.reader.content == "texts" and not record.images:
-            conversation = with_marks_as_text(conversation)
-        check_image_count(conversation, len(record.images))
-        visual_tokens = [self._visual_tokens(source, image) for image in record.images]
+        conversation = conversation_of(row, source.template, source.reader.content)
+        visual_tokens = [self._visual_tokens(source, image) for image in row.images]
         return encode_whole(conversation, self.tokenizer, visual_tokens=visual_tokens, pad_id=self.pad_id)
 
     def _encode_ids(self, row: TokenRow) -> list[Encoded]:
         for sequence in row.sequences:
-            beyond = sequence.tokens[(sequence.tokens < 0) | (sequence.tokens >= self.vocab_size)]
-            if beyond.size:
-                raise BadRow(
-                    "unknown_token",
-                    f"the row holds the token {beyond[0]}, and the model's embedding has {self.vocab_size} rows: "
-                    "the data was made with another tokenizer",
-                )
+            self._check_ids(sequence)
         wholes = [Encoded(torch.from_numpy(s.tokens), torch.from_numpy(s.supervised), (), ()) for s in row.sequences]
         # One of several without a target is no fault of the others.
         return [whole for whole in wholes if whole.has_target] or wholes
+
+    def _check_ids(self, sequence: TokenSequence) -> None:
+        beyond = sequence.tokens[(sequence.tokens < 0) | (sequence.tokens >= self.vocab_size)]
+        if beyond.size:
+            raise BadRow(
+                "unknown_token",
+                f"the row holds the token {beyond[0]}, and the model's embedding has {self.vocab_size} rows: "
+                "the data was made with another tokenizer",
+            )
 
     def _visual_tokens(self, source: Source, image: str | EmbeddedImage) -> int:
         assert self.images is not None  # rows with images are refused otherwise

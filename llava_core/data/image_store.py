@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from llava_core.data.records import EmbeddedImage
 from llava_core.errors import BadRow, DataError
@@ -25,7 +25,7 @@ MAX_WORKING_PIXELS = 2**27
 # Rasters only: Pillow would hand an EPS file to Ghostscript, which runs it as a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-# What Pillow raises on damaged files: UnidentifiedImageError is an OSError, AVIF's is a RuntimeError.
+# What Pillow raises on damaged files; AVIF's is a RuntimeError.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, struct.error, zlib.error)
 
 
@@ -80,6 +80,22 @@ class ImageStore:
             found = self._identify(name, file)
             return found.height, found.width
 
+    def format_of(self, image: EmbeddedImage) -> str:
+        """What Pillow calls the format of an image, all of which can be decoded. Raises BadRow as `open`."""
+        self.open(image)
+        with self._reading(image.name):
+            return str(self._identify(image.name, io.BytesIO(image.data)).format)
+
+    def read_bytes(self, image: str | EmbeddedImage) -> bytes:
+        """The image file as it is, which may be no image.
+
+        Raises:
+            BadRow: as `open`, of where it is.
+        """
+        name, open_file = self._source(image)
+        with self._reading(name), open_file() as file:
+            return file.read()
+
     def _source(self, image: str | EmbeddedImage) -> tuple[str, Callable[[], BinaryIO]]:
         if isinstance(image, EmbeddedImage):
             return image.name, lambda: io.BytesIO(image.data)
@@ -105,6 +121,9 @@ class ImageStore:
             raise
         except Image.DecompressionBombError as error:
             raise BadRow("image_too_large", f"{name!r}: {error} The limit is {self.max_pixels} pixels") from error
+        except UnidentifiedImageError as error:  # whose message has an address in it that differs each time
+            known = ", ".join(self._formats)
+            raise BadRow("broken_image", f"{name!r} is no image in a format that is read: {known}") from error
         except DAMAGED as error:
             raise BadRow("broken_image", f"{name!r} cannot be read: {type(error).__name__}: {error}") from error
 

@@ -44,6 +44,9 @@ def llava_register_readers() -> list[Contribution]:
             "Megatron .bin/.idx: conversations packed by Pai-Megatron-Patch",
             api_version=1,
         ),
+        Contribution(
+            "tokens", f"{module}.tokens:TokensReader", "rows that `data prepare --to tokens` tokenised", api_version=1
+        ),
         Contribution("text_json", f"{module}.text:TextJsonReader", "JSON or JSONL documents: text", api_version=1),
     ]
 

@@ -13,6 +13,7 @@ from llava_core.errors import ConfigError, DataError, TrainingError
 # Fewer bad rows than this do not stop a run, however few were good: one row says nothing about a data set. A
 # `max_fraction` of 0 asks for no bad row at all, and stops at the first.
 MIN_BAD_ROWS = 10
+REMEDY = "mend the images in place, or raise data.max_bad_fraction, and go on"
 
 
 class Quarantine:
@@ -26,12 +27,13 @@ class Quarantine:
         path: made with its folder when the first row is listed.
         max_fraction: of bad rows among all that were met.
         writes: whether this process is the one that writes.
+        remedy: what to do about too many, for the message.
 
     Raises:
         ConfigError: `max_fraction` is not in 0…1.
     """
 
-    def __init__(self, path: Path, max_fraction: float, *, writes: bool = True) -> None:
+    def __init__(self, path: Path, max_fraction: float, *, writes: bool = True, remedy: str = REMEDY) -> None:
         if not 0 <= max_fraction <= 1:
             raise ConfigError(f"the largest fraction of bad rows must lie in 0…1, not be {max_fraction}")
         self.path = path
@@ -39,6 +41,7 @@ class Quarantine:
         self.num_good = 0
         self.reasons: Counter[str] = Counter()
         self.writes = writes
+        self.remedy = remedy
         self._listed = _read_listed(path) if writes else set()
 
     @property
@@ -76,7 +79,7 @@ class Quarantine:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         raise TrainingError(
             f"{bad} of {met} rows ({bad / met:.1%}) cannot be used, the limit is {self.max_fraction:.1%}: {reasons}. "
-            f"They are listed in {self.path}; mend the images in place, or raise data.max_bad_fraction, and go on"
+            f"They are listed in {self.path}; {self.remedy}"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -80,7 +80,28 @@ class TokenRow:
     sequences: tuple[TokenSequence, ...]
 
 
-Row = Record | TokenRow
+@dataclass(frozen=True)
+class EncodedRecord:
+    """A `Record` that a template and a tokenizer have seen before; the images are still to come.
+
+    Attributes:
+        id, index, images: as the record's.
+        sequence: its tokens, with one in the place of each image; without any where the record was refused.
+        image_starts: where these stand.
+        modality_length: the record's.
+        refused: why it cannot be used.
+    """
+
+    id: str
+    index: int
+    images: tuple[str, ...]
+    sequence: TokenSequence
+    image_starts: tuple[int, ...]
+    modality_length: int
+    refused: BadRow | None
+
+
+Row = Record | TokenRow | EncodedRecord
 
 
 def parse_record(row: object, index: int) -> Record:
@@ -154,6 +175,8 @@ def modality_length(row: Row) -> int:
 
     Of token ids it is their number.
     """
+    if isinstance(row, EncodedRecord):
+        return row.modality_length
     if isinstance(row, TokenRow):
         return -sum(sequence.tokens.size for sequence in row.sequences)
     return word_length(row) if row.images else -word_length(row)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_core.data.examples import Built, ExampleBuilder, Rejected, build_or_reject, read_or_reject
 from llava_core.data.image_store import ImageStore
-from llava_core.data.records import EmbeddedImage, Record, Row
+from llava_core.data.records import EmbeddedImage, Row, TokenRow
 from llava_core.data.sources import Sources
 from llava_core.errors import BadRow
 
@@ -110,7 +110,7 @@ class RowMeasurer:
             return RowFacts(place.source, 0, row)
         built = build_or_reject(builder, place, row)
         store = self._stores[place.source]
-        images = store.note_all(row.images) if store and isinstance(row, Record) else ()
+        images = store.note_all(row.images) if store and not isinstance(row, TokenRow) else ()
         if isinstance(built, Rejected):
             return RowFacts(place.source, _key(row), built, images=images)
         return RowFacts(place.source, _key(row), None, built.lengths, _samples(built), images)

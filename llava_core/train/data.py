@@ -164,10 +164,11 @@ def data_share(mesh: Mesh | None) -> Share:
 
 
 def _open_readers(config: RunConfig, registry: Registry) -> tuple[Reader, ...]:
-    return tuple(_open_reader(given, registry, config.output / INDEX_FOLDER) for given in config.data.inputs)
+    return tuple(open_source(given, registry, config.output / INDEX_FOLDER) for given in config.data.inputs)
 
 
-def _open_reader(given: SourceConfig, registry: Registry, index_folder: Path) -> Reader:
+def open_source(given: SourceConfig, registry: Registry, index_folder: Path | None) -> Reader:
+    """The reader of one data set; `index_folder` as readers take it. Raises as `open_readers`."""
     name = given.reader or reader_name(given.path)
     if name is None:
         raise unknown_suffix(given.path, registry.names("reader"))

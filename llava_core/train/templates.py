@@ -9,6 +9,7 @@ from typing import Any
 from llava_core.config.schema import DataConfig
 from llava_core.data.documents import TEXT
 from llava_core.data.readers import Reader
+from llava_core.data.readers.tokens import TokensReader
 from llava_core.data.templates import Template, open_template
 from llava_core.errors import ConfigError
 from llava_core.inference.chat_template import OWN_TEMPLATE, folder_template
@@ -41,8 +42,9 @@ def find_templates(
     """The template of each data set, and the one that an export carries.
 
     Raises:
-        ConfigError: a template for what is no conversation, or none where the export could have several; no chat
-            template says what the export's does, so that it would answer otherwise than it learnt.
+        ConfigError: a template for what is no conversation, or none where the export could have several; rows that were
+            tokenised with another tokenizer or template; no chat template says what the export's does, so that it would
+            answer otherwise than it learnt.
     """
     multimodal = model.spec.vision is not None
     names = _template_names(config, readers)
@@ -53,6 +55,10 @@ def find_templates(
             found[name] = folder_template(model.tokenizer, tokenizer, multimodal=multimodal)
         elif name is not None:
             found[name] = open_template(name, registry)
+    for reader, name in zip(readers, names, strict=True):
+        if isinstance(reader, TokensReader):
+            assert name is not None  # its rows were conversations or documents
+            reader.check(tokenizer, found[name])
     export = found[exported]
     exported_tokenizer(tokenizer, export, multimodal=multimodal)
     return Templates(export, exported, tuple(None if name is None else found[name] for name in names))
@@ -65,7 +71,8 @@ def _template_names(config: DataConfig, readers: Sequence[Reader]) -> list[str |
     for number, (given, reader) in enumerate(zip(own, readers, strict=True)):
         where = f"data.sources.{number}.template"
         if reader.content == "conversations":
-            name = given or config.template or USUAL_TEMPLATE
+            usual = reader.template if isinstance(reader, TokensReader) else USUAL_TEMPLATE
+            name = given or config.template or usual
             if name == TEXT.name:
                 raise ConfigError(
                     f"{where if given else 'data.template'} = {name!r} is for documents, and this data "

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from llava_core.engine.parts import Shape
+from llava_core.safetensors_header import Stored, header
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -62,7 +61,7 @@ def split(tensors: Mapping[str, Tensor], max_file_bytes: int) -> list[dict[str, 
 
 def file_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a file; one tensor at a time is copied to the host."""
-    yield _header(tensors)
+    yield header({name: Stored(DTYPE_NAMES[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()})
     yield from map(_tensor_bytes, tensors.values())
 
 
@@ -74,23 +73,6 @@ def check_file(path: Path, expected: Mapping[str, tuple[str, Shape]]) -> None:
     if found != expected:
         differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         raise ValueError(f"it does not hold what the manifest says of {differing}")
-
-
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The safetensors header: its length as 8 little-endian bytes, then JSON, padded to a multiple of 8.
-
-    Written here because the library's writer wants a whole file in host memory, contiguous and without shared storage.
-    Source: the format section of the safetensors README.
-    """
-    entries: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        offsets = [end, end + tensor.nbytes]
-        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        end += tensor.nbytes
-    text = json.dumps(entries, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _tensor_bytes(tensor: Tensor) -> memoryview:

@@ -1,23 +1,23 @@
 """Writes tensors as safetensors files, one tensor in memory at a time.
 
 The library's own writer wants a whole file's tensors at once, in host memory and in their final dtype: for a file of
-5 GB that is 5 GB more. Source of the format: the format section of the safetensors README.
+5 GB that is 5 GB more.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llava_core.errors import WeightsError
+from llava_core.safetensors_header import Stored, header
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -79,7 +79,8 @@ def _split(tensors: Mapping[str, TensorToWrite], dtype: torch.dtype, max_file_by
 def write_tensors(path: Path, tensors: Mapping[str, TensorToWrite], dtype: torch.dtype) -> None:
     """One file, durable; each tensor is read once, in the mapping's order."""
     with path.open("xb") as file:
-        file.write(_header(tensors, dtype))
+        stored = {name: Stored(DTYPE_NAMES[dtype], t.shape, t.num_bytes(dtype)) for name, t in tensors.items()}
+        file.write(header(stored, {"format": "pt"}))
         for name, tensor in tensors.items():
             value = tensor.read()
             if tuple(value.shape) != tensor.shape:
@@ -87,21 +88,6 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorToWrite], dtype: torch
             file.write(_bytes(value, dtype))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _header(tensors: Mapping[str, TensorToWrite], dtype: torch.dtype) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.num_bytes(dtype)
-        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": _list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8, as readers that map the file need
-    return len(text).to_bytes(8, "little") + text
-
-
-def _list(shape: Sequence[int]) -> list[int]:
-    return [int(size) for size in shape]
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:

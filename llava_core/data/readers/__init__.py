@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from llava_core.data.overlong import Overlong
+from llava_core.data.prepared import MANIFEST, read_prepared
 from llava_core.data.records import Row
 from llava_core.errors import ConfigError
 
@@ -24,8 +25,14 @@ SUFFIX_READERS: Mapping[str, str] = {
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 """One of them is in a folder that `save_to_disk` of Hugging Face's datasets made: of several splits, or of one."""
 
+PREPARED_READERS: Mapping[str, str] = {"webdataset": "webdataset", "tokens": "tokens"}
+"""For folders that `data prepare` wrote, by what they were prepared as."""
+
 Content = Literal["conversations", "texts", "tokens"]
-"""What the rows of a data set are: `Record`s for a conversation template, `Record`s that are documents, `TokenRow`s."""
+"""What the rows of a data set are: `Record`s for a conversation template, `Record`s that are documents, `TokenRow`s.
+
+Of the first two, `EncodedRecord`s where they were tokenised before.
+"""
 
 
 class Reader(Protocol):
@@ -69,13 +76,19 @@ long to make can be kept (see `index.kept_index`), or None.
 
 
 def reader_name(path: Path) -> str | None:
-    """The reader for a file of this suffix, for files whose names start with it, or for a folder, if there is one."""
+    """The reader for a file of this suffix, for files whose names start with it, or for a folder, if there is one.
+
+    Raises:
+        DataError: a folder that was prepared, and is not complete.
+    """
     if names_a_pair(path):
         return "megatron"
     if (path / ".nv-meta").is_dir():
         return "energon"
     if any((path / name).is_file() for name in SAVED_DATASET_FILES):
         return "datasets"
+    if (path / MANIFEST).is_file():
+        return PREPARED_READERS.get(read_prepared(path).request["to"])
     return SUFFIX_READERS.get(path.suffix.lower())
 
 

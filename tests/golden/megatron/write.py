@@ -1,6 +1,10 @@
 """Writes the files beside it with megatron-core's own builder: `python tests/golden/megatron/write.py`.
 
-Needs megatron-core (written with 0.12.1), which no test needs.
+Needs megatron-core (written with 0.12.1), which no test needs. Those in `preprocessed` are of Megatron-LM's own tool,
+of the same version, in its folder:
+
+    python tools/preprocess_data.py --input …/preprocessed/documents.jsonl --output-prefix …/preprocessed/documents \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model …/preprocessed/tokenizer --append-eod --workers 1
 """
 
 from __future__ import annotations

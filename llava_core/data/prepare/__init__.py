@@ -1,0 +1,1 @@
+"""Data sets written in another form, a part at a time."""

@@ -1,0 +1,107 @@
+"""Rows that `llava-core data prepare --to tokens` tokenised; `data/prepare/tokens.py` says how they are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llava_core.data.conversation import Template
+from llava_core.data.fingerprint import differences, fingerprint
+from llava_core.data.overlong import Overlong
+from llava_core.data.prepared import read_prepared
+from llava_core.data.readers import Content
+from llava_core.data.readers.index import check_unchanged
+from llava_core.data.records import EncodedRecord, TokenSequence
+from llava_core.errors import BadRow, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TokensReader:
+    """The rows of a folder, each with the number that it had in the source. See `Reader`.
+
+    Raises:
+        DataError: a folder that is not complete, or holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        prepared = read_prepared(path)
+        request = prepared.request
+        if request["to"] != "tokens":
+            raise DataError(f"{path} was prepared as {request['to']}, not as token ids: leave data.reader out")
+        self.content: Content = request["source"]["content"]
+        self.usual_overlong: Overlong = request["source"]["usual_overlong"]
+        self.template: str = request["settings"]["template"]
+        self._made_with: Mapping[str, str] = request["settings"]["made_with"]
+        self._num_rows, self._part_size = prepared.num_rows, int(request["part_size"])
+        self._files = [(path / name, digest.size) for name, digest in sorted(prepared.files.items())]
+        digests = "".join(prepared.files[file.name].sha256 for file, _ in self._files)
+        self._digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    @property
+    def fingerprint(self) -> Mapping[str, str | int]:
+        """`path`, `num_bytes`, `num_rows`, and `sha256` of all that the files hold."""
+        num_bytes = sum(size for _, size in self._files)
+        return {"path": str(self.path), "num_bytes": num_bytes, "num_rows": len(self), "sha256": self._digest}
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        """The ids are those that this tokenizer gives to what this template writes.
+
+        Raises:
+            ConfigError: naming what differs.
+        """
+        changed = differences(self._made_with, fingerprint(tokenizer, template))
+        if changed:
+            listed = "".join(f"\n  {line}" for line in changed)
+            raise ConfigError(
+                f"{self.path} was tokenised otherwise than this run would, with the template {self.template!r}:{listed}"
+                "\nName that template and the model whose tokenizer it was, or prepare the data anew."
+            )
+
+    def read(self, index: int) -> EncodedRecord:
+        """Row `index`. See `Reader.read`; reasons those of the source's reader."""
+        number, row = divmod(index, self._part_size)
+        file, size = self._files[number]
+        try:
+            check_unchanged(file, size, file.stat().st_size)
+            with safe_open(file, framework="numpy") as part:
+                kept = _Part(part)
+                described = json.loads(kept.slice("rows", "row_bounds", row).tobytes())
+                tokens, supervised = (kept.slice(name, "token_bounds", row) for name in ("tokens", "supervised"))
+        except (OSError, ValueError, SafetensorError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"row {index} cannot be read from {file}: {error}; copy it again") from error
+        if "unreadable" in described:
+            raise BadRow(*described["unreadable"])
+        return EncodedRecord(
+            id=described["id"],
+            index=index,
+            images=tuple(described.get("images", ())),
+            sequence=TokenSequence(tokens.astype(np.int64), supervised),
+            image_starts=tuple(described.get("image_starts", ())),
+            modality_length=described["length"],
+            refused=BadRow(*described["refused"]) if "refused" in described else None,
+        )
+
+
+class _Part:
+    """An open file, of which only what is asked for is read."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def slice(self, name: str, bounds: str, row: int) -> np.ndarray[Any, Any]:
+        start, end = self._file.get_slice(bounds)[row : row + 2].tolist()
+        return cast("np.ndarray[Any, Any]", self._file.get_slice(name)[start:end])
