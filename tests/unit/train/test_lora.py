@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from llava_core.api import load_assistant
 from llava_core.config import build_config
@@ -18,7 +20,8 @@ from llava_core.errors import ConfigError, WeightsError
 from llava_core.inference.sampling import GenerationSettings
 from llava_core.plugins import Registry
 from llava_core.testing.datasets import TinyParts
-from llava_core.train import loop
+from llava_core.train import loop, report
+from llava_core.weights.convert import convert
 from tests.unit.train.support import (
     assert_bit_equal,
     before_step,
@@ -58,12 +61,16 @@ def ask_transformers(model: Any, processor: Any) -> torch.Tensor:
         return model(**inputs).logits[0]
 
 
-@pytest.mark.parametrize("extra", [(), ("lora.dora=true",)], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "extra",
+    [LANGUAGE, (*LANGUAGE, "lora.dora=true"), ()],
+    ids=["lora", "dora", "language_learns_whole"],
+)
 def test_the_export_is_the_base_with_the_adapter(
     extra: tuple[str, ...], parts: TinyParts, llava: Path, tmp_path: Path
 ) -> None:
     """In transformers: the folder `hf` alone says what the first stage's folder says with `adapter` on it."""
-    output = trained(parts, tmp_path / "run", *of(llava), *LANGUAGE, *VISION, *extra)
+    output = trained(parts, tmp_path / "run", *of(llava), *VISION, *extra)
     base, merged = (LlavaForConditionalGeneration.from_pretrained(folder) for folder in (llava, output / "hf"))
     processor = AutoProcessor.from_pretrained(output / "hf")
     plain = ask_transformers(base, processor)
@@ -94,8 +101,8 @@ def test_only_adapters_and_the_projector_learn(parts: TinyParts, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "changes",
-    [(), ("lora.dropout=0.3",), ("lora.dropout=0.3", "train.recompute=full"), ("lora.dora=true",)],
-    ids=["plain", "dropout", "dropout_again", "dora"],
+    [("lora.dropout=0.3", "train.recompute=full"), ("lora.dora=true",)],
+    ids=["dropout", "dora"],
 )
 def test_a_resumed_run_ends_with_the_same_bits(changes: tuple[str, ...], parts: TinyParts, tmp_path: Path) -> None:
     settings = (*LANGUAGE, *VISION, *changes, "checkpoint.every_steps=2")
@@ -124,6 +131,38 @@ def test_dropout_is_recomputed_as_it_was(parts: TinyParts, tmp_path: Path) -> No
     run_to_end(dropless)
     assert metrics_rows(tmp_path / "dropless")[0]["loss"] == metrics_rows(tmp_path / "none")[0]["loss"]  # B is zero
     assert metrics_rows(tmp_path / "dropless")[2]["loss"] != metrics_rows(tmp_path / "none")[2]["loss"]
+
+
+def test_nothing_is_dropped_where_nothing_learns(parts: TinyParts, tmp_path: Path) -> None:
+    run = tiny_run(parts, tmp_path / "run", *LANGUAGE, "lora.dropout=0.4")
+    run_to_end(run)
+    step = next(iter(run.loader))
+    assert run.engine.evaluate(step.batches) == run.engine.evaluate(step.batches)
+
+
+def test_the_plan_says_which_parts_have_adapters(parts: TinyParts, tmp_path: Path) -> None:
+    run, to = tiny_run(parts, tmp_path / "run", *LANGUAGE), Console(file=io.StringIO(), width=200)
+    report.print_plan(run, to)
+    # Of each decoder layer: a matrix of 4 rows for each input and one of 4 columns for each output, of 7 layers whose
+    # keys and values are half as wide as the rest.
+    added = 2 * 4 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 80))
+    assert f"frozen; {added:,} of LoRA, rank 4, alpha 8, trained" in to.file.getvalue()
+
+
+def test_an_internlm2_alone_gets_the_adapter_of_the_llama_that_it_is(parts: TinyParts, tmp_path: Path) -> None:
+    """Its fused matrices are written with the adapters merged into the parts of them that have any."""
+    folder, text = convert(parts.language, tmp_path / "internlm2", "internlm2"), tmp_path / "text.txt"
+    text.write_text("It is red.\nSay green.\n" * 20)
+    changes = (f"data.path={text}", "data.images=null", "train.trainable=[language]", *LANGUAGE)
+    output = trained(parts, tmp_path / "run", *of(folder), *changes, "lora.language.targets=[k_proj,up_proj]")
+    llama = convert(output / "hf", tmp_path / "llama", "llama")
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (parts.language, llama))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = merged(ids).logits
+        assert (expected - base(ids).logits).abs().max() > 1e-3
+        adapted = PeftModel.from_pretrained(base, output / "adapter")(ids).logits
+    torch.testing.assert_close(adapted, expected, rtol=0, atol=2e-5)
 
 
 def test_a_run_goes_on_from_an_adapter(parts: TinyParts, llava: Path, tmp_path: Path) -> None:
