@@ -11,12 +11,9 @@ from llava_core.data.share import Share
 from llava_core.engine.layout import Layout
 from llava_core.engine.processes import Processes
 from llava_core.plugins import Registry
-from llava_core.train.checks import check_data_settings, check_paths, check_shares, check_vocabulary
-from llava_core.train.data import build_loader, find_processor, open_readers
+from llava_core.train.checks import check_data_settings, check_paths, check_shares
 from llava_core.train.prepare import open_folders
-from llava_core.train.templates import find_templates
-from llava_core.train.validation import build_validation
-from llava_core.weights.tokenizer import load_tokenizer
+from llava_core.train.run_data import build_data
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,6 @@ class Subject:
         check_shares(config, layout)
         model = open_folders(config.model)
         check_data_settings(config, model.spec)
-        tokenizer = load_tokenizer(model.tokenizer)
-        check_vocabulary(tokenizer, model.spec)
-        readers = open_readers(config, registry, Processes())
-        templates = find_templates(config.data, readers, registry, tokenizer, model)
-        processor = find_processor(config.data, model)
-        loader = build_loader(config, readers, templates, model.spec, tokenizer, processor, Share(writes=False))
-        validation = build_validation(config, registry, Processes(), model, templates, loader)
-        return cls(config, tokenizer, loader, validation.loader if validation else None, layout.data)
+        data = build_data(config, registry, Processes(), model, Share(writes=False))
+        validation = data.validation.loader if data.validation else None
+        return cls(config, data.tokenizer, data.loader, validation, layout.data)

@@ -40,19 +40,17 @@ from llava_core.train.checks import (
     check_shares,
     check_trackers,
     check_trainable,
-    check_vocabulary,
 )
-from llava_core.train.data import build_loader, data_share, find_processor, largest_micro_batch, open_readers
+from llava_core.train.data import data_share, largest_micro_batch
 from llava_core.train.lora import ADAPTER_FOLDER, adapters_of, check_lora
+from llava_core.train.run_data import build_data
 from llava_core.train.schedule import Schedule, build_schedule
 from llava_core.train.stages import pipeline_stages
-from llava_core.train.templates import find_templates
-from llava_core.train.validation import Validation, build_validation
+from llava_core.train.validation import Validation
 from llava_core.weights.adapter_folder import put_adapters, refuse_other_than_adapter
 from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import PartOf, load_model
 from llava_core.weights.source import ModelFolders, ModelSource, compose, composed_spec, folder_spec, from_folder
-from llava_core.weights.tokenizer import load_tokenizer
 
 EXPORT_FOLDER = "hf"
 """Where in the output folder the trained model is exported to."""
@@ -141,28 +139,22 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     ops, selections = build_ops(source.spec, hardware.backend, use, config.backend.kernels)
     if config.train.compile:
         ops = outside_compiled_graphs(ops)
-    tokenizer = load_tokenizer(source.tokenizer_folder)
-    check_vocabulary(tokenizer, source.spec)
-    readers = open_readers(config, registry, processes)
-    templates = find_templates(config.data, readers, registry, tokenizer, source.folders)
-    processor = find_processor(config.data, source.folders)
-    loader = build_loader(config, readers, templates, source.spec, tokenizer, processor, data_share(mesh))
-    validation = build_validation(config, registry, processes, source.folders, templates, loader)
+    data = build_data(config, registry, processes, source.folders, data_share(mesh))
     engine = build_engine(config, source, ops, dtype, hardware, mesh, num_tokens=largest_micro_batch(config))
-    schedule = build_schedule(config, loader.steps_per_epoch)
+    schedule = build_schedule(config, data.loader.steps_per_epoch)
     return Run(
         config,
         processes,
         hardware,
         source,
         selections,
-        tokenizer,
-        templates.export,
-        processor,
-        loader,
+        data.tokenizer,
+        data.templates.export,
+        data.processor,
+        data.loader,
         engine,
         schedule,
-        validation,
+        data.validation,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from itertools import islice
 from pathlib import Path
@@ -67,6 +68,14 @@ def test_micro_batches_of_a_pipeline_have_one_size(parts: TinyParts, tmp_path: P
     config = settings(parts, tmp_path / "run", data={"max_bad_fraction": 1.0, "overlong": "split"})
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"pipeline": 2})})
     assert_as_loader(config, tmp_path, 4)
+
+
+def test_images_in_tiles_take_as_many_tokens_as_in_the_loader(parts: TinyParts, tmp_path: Path) -> None:
+    tiles = {"image_aspect": "tiles", "max_tiles": 4, "max_bad_fraction": 1.0}
+    assert_as_loader(settings(parts, tmp_path / "run", data=tiles), tmp_path, 1)
+    report = json.loads((tmp_path / "check/check.json").read_text())
+    assert report["tokens"]["image"] > 9 * report["samples"]["images"]  # 9 of a single tile
+    assert report["images"]["reasons"] == {"missing_image": 2, "broken_image": 1}
 
 
 def assert_as_loader(config: RunConfig, folder: Path, world_size: int) -> None:
