@@ -68,8 +68,8 @@ def transformers_loss(folder: Path, examples: list[Example]) -> float:
     total, count = 0.0, 0
     for example in examples:
         tokens = example.tokens.clone()
-        for start in example.image_starts:
-            tokens[start : start + example.visual_tokens] = model.config.image_token_index
+        for start, length in zip(example.image_starts, example.visual_tokens, strict=True):
+            tokens[start : start + length] = model.config.image_token_index
         labels = tokens.where(example.supervised, -100)
         inputs = {} if example.pixels is None else {"pixel_values": example.pixels}
         with torch.no_grad():
@@ -111,6 +111,19 @@ def test_the_training_is_bit_equal_with_and_without(
     assert rows == metrics_rows(tmp_path / "without")
     assert run.loader.state_dict() == without.loader.state_dict()
     assert [row["step"] for row in read_validations(tmp_path / "run")] == [*range(1, 7)]
+
+
+def test_nothing_is_dropped_or_drawn_where_the_training_drops(parts: TinyParts, tmp_path: Path) -> None:
+    changes = ("lora.language.rank=2", "lora.language.alpha=4", "lora.dropout=0.5")
+    run = tiny_run(parts, tmp_path / "run", *changes)
+    batches = next(iter(run.loader)).batches
+    run.engine.step(batches, 1.0)
+    run.engine.step(batches, 1.0)  # adapters begin as zeros
+    before = torch.get_rng_state()
+    assert run.engine.evaluate(batches) == run.engine.evaluate(batches)
+    assert torch.equal(torch.get_rng_state(), before)
+    run.engine.step(batches, 1.0)
+    assert not torch.equal(torch.get_rng_state(), before), "the training does"
 
 
 def test_it_makes_no_graph_of_compiled_layers(
