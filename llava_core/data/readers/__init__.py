@@ -79,6 +79,7 @@ def reader_name(path: Path) -> str | None:
     """The reader for a file of this suffix, for files whose names start with it, or for a folder, if there is one.
 
     Raises:
+        ConfigError: a folder with a Megatron data set that `data prepare` wrote, which is named by its files.
         DataError: a folder that was prepared, and is not complete.
     """
     if names_a_pair(path):
@@ -88,8 +89,16 @@ def reader_name(path: Path) -> str | None:
     if any((path / name).is_file() for name in SAVED_DATASET_FILES):
         return "datasets"
     if (path / MANIFEST).is_file():
-        return PREPARED_READERS.get(read_prepared(path).request["to"])
+        return _prepared_reader(path)
     return SUFFIX_READERS.get(path.suffix.lower())
+
+
+def _prepared_reader(path: Path) -> str:
+    request = read_prepared(path).request
+    to, name = request["to"], request["settings"].get("name")
+    if to not in PREPARED_READERS:
+        raise ConfigError(f"{path} holds a Megatron data set: name {path / str(name)}, and the reader {to}")
+    return PREPARED_READERS[to]
 
 
 def prefixed(path: Path, suffix: str) -> Path:

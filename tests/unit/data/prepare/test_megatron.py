@@ -18,7 +18,7 @@ from llava_core.data.readers import reader_name
 from llava_core.data.readers.llava import LlavaJsonReader
 from llava_core.data.readers.megatron import MegatronReader, MegatronSftReader
 from llava_core.data.readers.text import TextJsonReader, TextReader
-from llava_core.errors import DataError
+from llava_core.errors import ConfigError, DataError
 from llava_core.weights.tokenizer import load_tokenizer
 from tests.unit.data.prepare.numbers import number_tokenizer
 from tests.unit.data.prepare.support import Quiet, contents, listed, preparation
@@ -84,6 +84,8 @@ def test_conversations_are_packed_as_by_pai(tmp_path: Path, part_size: int) -> N
     replace(made, part_size=part_size).run(Quiet())
     assert written(tmp_path / "out") == golden("packed")
     assert len(MegatronSftReader(tmp_path / "out/packed")) == len(EXPECTED["packed"])
+    with pytest.raises(ConfigError, match=r"name .*out/packed, and the reader megatron_sft"):
+        reader_name(tmp_path / "out")
 
 
 def test_long_conversations_are_cut_and_those_without_an_answer_left_out(tmp_path: Path) -> None:
