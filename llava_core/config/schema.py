@@ -39,6 +39,9 @@ class ModelConfig(Section):
         -2, description="which hidden state of the tower, for a composed model"
     )
     vision_feature_select: Literal["default", "full"] = Field("default", description="without or with the class token")
+    image_grid_pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        (), description="for a composed LLaVA-NeXT: the (height, width) at which images are divided"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -59,6 +62,7 @@ COMPOSED_ONLY = (
     "projector_type",
     "vision_feature_layer",
     "vision_feature_select",
+    "image_grid_pinpoints",
 )
 
 
@@ -75,8 +79,9 @@ class DataConfig(Section):
     )
     split: str | None = Field(None, description="which part of the data set, for a reader that knows parts")
     sources: tuple[SourceConfig, ...] = Field((), description="several data sets in place of path")
-    image_aspect: Literal["square", "pad", "tiles"] = Field(
-        "pad", description="crop to a square, pad to one, or divide into tiles"
+    image_aspect: Literal["square", "pad", "tiles", "anyres"] = Field(
+        "pad",
+        description="crop to a square, pad to one, or divide: into tiles, or at a LLaVA-NeXT's image_grid_pinpoints",
     )
     min_tiles: PositiveInt | None = Field(None, description="with image_aspect tiles: at least so many; 1 if not given")
     max_tiles: PositiveInt | None = Field(

@@ -88,8 +88,7 @@ class Assistant:
         source = from_folder(folder)
         tokenizer = load_tokenizer(source.tokenizer_folder)
         template = template or folder_template(folder, tokenizer, multimodal=source.spec.vision is not None)
-        vision, folder_of_processor = source.spec.vision, source.processor_folder
-        processor = load_processor(folder_of_processor, vision) if vision and folder_of_processor else None
+        processor = load_processor(source.processor_folder, source.spec) if source.processor_folder else None
         eos = _generation_eos(folder)
         model = load_model(source, build_ops(source.spec), compute_dtype=compute_dtype, device=device).eval()
         return cls(model, tokenizer, processor, template, eos)

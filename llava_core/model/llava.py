@@ -1,6 +1,6 @@
 """The whole model: a Batch in, a loss out.
 
-Shapes: T tokens, I images, V visual tokens an image, D width, K supervised positions.
+Shapes: T tokens, I tiles, P features a tile, V visual tokens, D width, K supervised positions.
 """
 
 from __future__ import annotations
@@ -79,18 +79,24 @@ class Llava(nn.Module):
         x = self.embed(batch.tokens)
         if self.spec.vision is None:
             return x
-        return splice(x, self.encode_images(batch.pixels), batch.image_index)
+        return splice(x, self.encode_images(batch), batch.image_index)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [...] -> embeddings [..., D] in the compute dtype."""
         return self.language_model.model.embed_tokens(tokens).to(self.compute_dtype)
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels [I, 3, H, W] -> visual tokens [I, V, D]. A frozen tower keeps no graph."""
+    def encode_images(self, batch: Batch) -> Tensor:
+        """A batch's visual tokens [V, D], in the order of its `image_index`; features that are not used may follow. A
+        frozen tower keeps no graph."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with contextlib.nullcontext() if trained else torch.no_grad():
-            features = self.vision_tower(pixels.to(self.compute_dtype))
-        return self.multi_modal_projector(features)
+            features = self.vision_tower(batch.pixels.to(self.compute_dtype))
+        if not self.spec.image_grid_pinpoints:
+            return self.multi_modal_projector(features).flatten(0, 1)
+        rows = features.flatten(0, 1)
+        # Without images, none: yet the modules take part in the graph, as in every process.
+        used = rows[:0] if batch.feature_index is None else rows.index_select(0, batch.feature_index)
+        return self.multi_modal_projector(used, batch.num_newlines)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., vocabulary], in the compute dtype."""
@@ -98,10 +104,9 @@ class Llava(nn.Module):
 
 
 def splice(x: Tensor, features: Tensor, image_index: Tensor) -> Tensor:
-    """Visual tokens [I, V, D] put at `image_index` [I·V] of the embeddings [T, D].
+    """Visual tokens [V or more, D] put at `image_index` [V] of the embeddings [T, D].
 
     A batch without images still brings one zero image; then the index is empty, and the features take part in the graph
     with none of their rows, so that every process runs the same modules.
     """
-    rows = features.flatten(0, 1)[: image_index.numel()]
-    return x.index_copy(0, image_index, rows)
+    return x.index_copy(0, image_index, features[: image_index.numel()])

@@ -126,15 +126,22 @@ class ModelSpec:
     Attributes:
         projector: `linear`, `identity` or `mlpNx_gelu`.
         image_token_id: the id that stands for an image in exported tokenizers; None until one is assigned.
+        image_grid_pinpoints: of a LLaVA-NeXT the (height, width) at which images are divided into tiles; else none.
     """
 
     text: TextSpec
     vision: VisionSpec | None = None
     projector: str = "mlp2x_gelu"
     image_token_id: int | None = None
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         projector_depth(self.projector)
+        if self.image_grid_pinpoints and self.vision and self.vision.visual_tokens != self.vision.num_patches:
+            raise ConfigError(
+                "image_grid_pinpoints: tiles are for features of patches alone; vision_feature_select_strategy must "
+                "leave the class token out."
+            )
         if self.vision and self.projector == "identity" and self.vision.hidden_size != self.text.hidden_size:
             raise ConfigError(
                 f"projector identity needs equal widths; vision has {self.vision.hidden_size}, "

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from llava_core.config import RunConfig
-from llava_core.data.batch import Batch, Example
+from llava_core.data.batch import NEWLINE, Batch, Example, Merge
 from llava_core.data.loader import as_many
 from llava_core.data.packing import build_batch, lengthened
-from llava_core.data.tiles import Tiling
+from llava_core.data.tiles import Division, Tiling
 from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
@@ -101,9 +101,17 @@ def planned_batch(spec: ModelSpec, step: PlannedStep) -> Batch:
         image_starts=(0,) if image else (),
         pixels=torch.zeros(image.tiles, 3, 1, 1) if image else None,
         visual_tokens=(image.visual_tokens,) if image else (),
+        merge=_merge(image, spec.vision.visual_tokens) if image and spec.vision and spec.image_grid_pinpoints else None,
     )
     batch = build_batch([example] * step.micro_samples, pad_id=0, image_size=1)
     return batch if step.room is None else lengthened(batch, step.room, pad_id=0)
+
+
+def _merge(image: Division, tile_tokens: int) -> Merge:
+    """All of its features in their order, then its newlines."""
+    rows = torch.arange(image.visual_tokens)
+    rows[image.visual_tokens - image.newlines :] = NEWLINE
+    return Merge(rows, image.tiles * tile_tokens)
 
 
 def on_device(batch: Batch, spec: ModelSpec, simulation: Simulation) -> Batch:
@@ -116,6 +124,8 @@ def on_device(batch: Batch, spec: ModelSpec, simulation: Simulation) -> Batch:
         "pixels": simulation.tensor((len(batch.pixels), 3, size, size), torch.float32),
         "image_index": simulation.tensor(batch.image_index.shape, torch.int64),
     }
+    if batch.feature_index is not None:
+        moved["feature_index"] = simulation.tensor(batch.feature_index.shape, torch.int64)
     for tensor in moved.values():
         simulation.ledger.count(tensor)
     return replace(batch, **moved)

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     PretrainedConfig,
@@ -29,17 +31,23 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llava_core.data.batch import Example
+from llava_core.data.batch import Example, Merge
+from llava_core.data.tiles import Anyres
 from llava_core.model.spec import ModelSpec
 
 VOCAB_SIZE = 96
 IMAGE_TOKEN_ID = VOCAB_SIZE - 1
 """Never among the text tokens of `random_example`."""
+TINY_PINPOINTS = ((24, 48), (48, 24), (48, 48), (24, 72))
+"""(height, width), of tiles of 24 pixels."""
+TINY_IMAGE_SIZES = ((24, 48), (48, 24), (48, 48), (24, 72), (30, 24), (40, 60), (90, 20), (16, 100))
+"""(height, width) of images that become unequally many tokens, with black nowhere, above and below, or at the sides."""
 
 _MODELS: dict[str, type[PreTrainedModel]] = {
     "clip_vision_model": CLIPVisionModel,
     "llama": LlamaForCausalLM,
     "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
     "mistral": MistralForCausalLM,
     "siglip_vision_model": SiglipVisionModel,
 }
@@ -80,8 +88,24 @@ def tiny_llava_config(
     text: PretrainedConfig | None = None, vision: PretrainedConfig | None = None, **changes: Any
 ) -> LlavaConfig:
     """Llama and CLIP, where the caller brings no others."""
-    parts: dict[str, Any] = {"text_config": text or tiny_text_config(), "vision_config": vision or tiny_vision_config()}
-    return LlavaConfig(**parts, **{"image_token_index": IMAGE_TOKEN_ID, "image_seq_length": 9, **changes})
+    return LlavaConfig(**_llava_settings(text, vision), **changes)
+
+
+def tiny_llava_next_config(
+    text: PretrainedConfig | None = None, vision: PretrainedConfig | None = None, **changes: Any
+) -> LlavaNextConfig:
+    """The same, for images of two to four tiles."""
+    pinpoints = [list(point) for point in TINY_PINPOINTS]
+    return LlavaNextConfig(**_llava_settings(text, vision), image_grid_pinpoints=pinpoints, **changes)
+
+
+def _llava_settings(text: PretrainedConfig | None, vision: PretrainedConfig | None) -> dict[str, Any]:
+    return {
+        "text_config": text or tiny_text_config(),
+        "vision_config": vision or tiny_vision_config(),
+        "image_token_index": IMAGE_TOKEN_ID,
+        "image_seq_length": 9,
+    }
 
 
 def tiny_model(
@@ -151,13 +175,14 @@ def classic_name(model: nn.Module, name: str) -> str:
     """The hub's name of a parameter that the installed transformers calls `name`."""
     if isinstance(model, CLIPVisionModel | SiglipVisionModel):
         return "vision_model." + name
-    if not isinstance(model, LlavaForConditionalGeneration):
+    if not isinstance(model, LlavaForConditionalGeneration | LlavaNextForConditionalGeneration):
         return name
     prefixes = {
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",
         "model.multi_modal_projector.": "multi_modal_projector.",
         "model.vision_tower.": "vision_tower.vision_model.",
+        "model.image_newline": "image_newline",
     }
     prefix = next(p for p in prefixes if name.startswith(p))
     return prefixes[prefix] + name.removeprefix(prefix)
@@ -169,23 +194,47 @@ def random_example(spec: ModelSpec, text_lengths: Sequence[int], seed: int = 0, 
     About half of the text tokens are supervised, and the last always is.
     """
     generator = torch.Generator().manual_seed(seed)
-    visual_tokens = spec.vision.visual_tokens if spec.vision else 0
     tokens: list[Tensor] = []
     supervised: list[Tensor] = []
     image_starts: list[int] = []
+    images = [_random_image(spec, generator) for _ in text_lengths[1:]]
     for i, length in enumerate(text_lengths):
         if i > 0:
             image_starts.append(sum(piece.numel() for piece in tokens))
-            tokens.append(torch.full((visual_tokens,), pad_id))
-            supervised.append(torch.zeros(visual_tokens, dtype=torch.bool))
+            tokens.append(torch.full((images[i - 1].visual_tokens,), pad_id))
+            supervised.append(torch.zeros(images[i - 1].visual_tokens, dtype=torch.bool))
         tokens.append(torch.randint(1, IMAGE_TOKEN_ID, (length,), generator=generator))
         supervised.append(torch.rand(length, generator=generator) < 0.5)
     supervised[-1][-1:] = True
     pixels = None
-    if image_starts:
+    if images:
         assert spec.vision is not None, "a language model alone takes one piece of text"
         size = spec.vision.image_size
-        pixels = torch.randn(len(image_starts), 3, size, size, generator=generator)
-    name = f"random-{seed}"
-    lengths = (visual_tokens,) * len(image_starts)
-    return Example(name, torch.cat(tokens), torch.cat(supervised), tuple(image_starts), pixels, lengths)
+        pixels = torch.randn(sum(image.tiles for image in images), 3, size, size, generator=generator)
+    merges = [image.merge for image in images if image.merge is not None]
+    return Example(
+        f"random-{seed}",
+        torch.cat(tokens),
+        torch.cat(supervised),
+        tuple(image_starts),
+        pixels,
+        tuple(image.visual_tokens for image in images),
+        Merge.joined(merges) if merges else None,
+    )
+
+
+class _Image(NamedTuple):
+    tiles: int
+    visual_tokens: int
+    merge: Merge | None = None
+
+
+def _random_image(spec: ModelSpec, generator: torch.Generator) -> _Image:
+    """An image's shape: of LLaVA-NeXT's tiles one of `TINY_IMAGE_SIZES`."""
+    assert spec.vision is not None, "a language model alone takes one piece of text"
+    tile_tokens = spec.vision.visual_tokens
+    if not spec.image_grid_pinpoints:
+        return _Image(1, tile_tokens)
+    size = TINY_IMAGE_SIZES[int(torch.randint(len(TINY_IMAGE_SIZES), (), generator=generator))]
+    merge = Anyres(spec.image_grid_pinpoints).merge(size, spec.vision.image_size, tile_tokens)
+    return _Image(merge.num_features // tile_tokens, len(merge.rows), merge)

@@ -180,6 +180,12 @@ def check_data_settings(config: RunConfig, spec: ModelSpec) -> None:
         idle += ["validation.images"] if config.validation is not None and config.validation.images else []
     if idle:
         raise ConfigError(f"{idle[0]} is set, and this model has no vision tower: leave it out.")
+    if spec.vision is not None and (data.image_aspect == "anyres") != bool(spec.image_grid_pinpoints):
+        has = "has no image_grid_pinpoints" if data.image_aspect == "anyres" else "is a LLaVA-NeXT"
+        raise ConfigError(
+            f"data.image_aspect = {data.image_aspect}: this model {has}; anyres goes with a LLaVA-NeXT, and no other "
+            "does: set the one, or change the model (model.image_grid_pinpoints of a composed one)."
+        )
     if data.max_length > spec.text.max_positions:
         raise ConfigError(
             f"data.max_length = {data.max_length}: the model has {spec.text.max_positions} positions; lower it."

@@ -28,7 +28,7 @@ from llava_core.data.records import modality_length
 from llava_core.data.sampler import GROUPED_ORDERS, Grouping, epoch_order
 from llava_core.data.share import WHOLE, Share
 from llava_core.data.sources import Source, Sources
-from llava_core.data.tiles import Division, DynamicTiles, Tiling
+from llava_core.data.tiles import Anyres, Division, DynamicTiles, Tiling
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.pipeline import num_micro_batches
 from llava_core.engine.processes import Processes
@@ -67,9 +67,9 @@ def find_processor(config: DataConfig, model: ModelFolders) -> ImageProcessor | 
         return None
     tiles = dynamic_tiles(config)
     if tiles is not None:
-        return load_processor(model.processor, model.spec.vision, tiles)
+        return load_processor(model.processor, model.spec, tiles)
     assert config.image_aspect != "tiles"
-    return load_processor(model.processor, model.spec.vision, config.image_aspect)
+    return load_processor(model.processor, model.spec, config.image_aspect)
 
 
 def dynamic_tiles(config: DataConfig) -> DynamicTiles | None:
@@ -78,9 +78,15 @@ def dynamic_tiles(config: DataConfig) -> DynamicTiles | None:
 
 
 def largest_image(spec: ModelSpec, tiling: Tiling | None, room: int) -> Division | None:
-    """What an image becomes at most in a sample of fewer than `room` tokens; None where it fits none."""
+    """What an image becomes at most in a sample of fewer than `room` tokens; None where it fits none.
+
+    Args:
+        tiling: of a model that has none of its own.
+    """
     if spec.vision is None:
         return None
+    if spec.image_grid_pinpoints:
+        tiling = Anyres(spec.image_grid_pinpoints)
     features = spec.vision.visual_tokens
     every = (Division(1, features, 0),) if tiling is None else tiling.divisions(spec.vision.image_size, features)
     fitting = [division for division in every if division.visual_tokens < room]

@@ -229,6 +229,7 @@ def open_source(config: ModelConfig) -> ModelSource:
         projector_type=config.projector_type,
         feature_layer=config.vision_feature_layer,
         feature_select=config.vision_feature_select,
+        image_grid_pinpoints=config.image_grid_pinpoints,
     )
 
 
@@ -253,6 +254,7 @@ def open_spec(config: ModelConfig) -> ModelSpec:
         projector_type=config.projector_type,
         feature_layer=config.vision_feature_layer,
         feature_select=config.vision_feature_select,
+        image_grid_pinpoints=config.image_grid_pinpoints,
     )
 
 

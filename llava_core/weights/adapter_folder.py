@@ -161,6 +161,7 @@ class Spelling:
         for ours, theirs in (
             ("language_model.lm_head.", "lm_head."),
             ("language_model.model.", "model.language_model."),
+            (names.NEWLINE, f"model.{names.NEWLINE_ON_DISK}"),  # of no module, yet peft loads it by its name
             (PARTS["projector"], "model.multi_modal_projector."),
             (names.CANONICAL_VISION, self._tower),
         ):

@@ -90,7 +90,10 @@ def _processor_configs(vision: VisionSpec, image_processor: ImageProcessor) -> d
         side = {"patch_size": math.isqrt(vision.visual_tokens)}
         name = {"processor_class": "Cohere2VisionProcessor"}
         return {"preprocessor_config.json": images | name | side, "processor_config.json": name}
-    return {"preprocessor_config.json": images, "processor_config.json": _processor_config(vision)}
+    return {
+        "preprocessor_config.json": images,
+        "processor_config.json": _processor_config(vision, images["processor_class"]),
+    }
 
 
 def _name_no_marks(file: Path) -> None:
@@ -100,9 +103,9 @@ def _name_no_marks(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _processor_config(vision: VisionSpec) -> dict[str, Any]:
+def _processor_config(vision: VisionSpec, processor_class: str) -> dict[str, Any]:
     return {
-        "processor_class": "LlavaProcessor",
+        "processor_class": processor_class,
         "image_token": IMAGE_MARK,
         "patch_size": vision.patch_size,
         # transformers counts an image's tokens as patches + this, less one where the class token is dropped.
@@ -115,9 +118,13 @@ def _model_config(spec: ModelSpec) -> dict[str, Any]:
     """Most of `config.json`, spelt so that older releases of transformers read it too."""
     if spec.vision is None:
         return {"architectures": [_causal_class(spec.text)], **_text_config(spec.text)}
+    next_only: dict[str, Any] = {}
+    if spec.image_grid_pinpoints:
+        next_only = {"image_grid_pinpoints": [list(point) for point in spec.image_grid_pinpoints]}
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"Llava{'Next' if next_only else ''}ForConditionalGeneration"],
+        "model_type": "llava_next" if next_only else "llava",
+        **next_only,
         "image_token_index": spec.image_token_id,
         "image_seq_length": spec.vision.visual_tokens,
         "projector_hidden_act": "gelu" if spec.projector == "mlp2x_gelu" else OWN_PROJECTOR + spec.projector,

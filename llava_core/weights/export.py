@@ -25,7 +25,7 @@ from llava_core.weights.config_files import EXPORTED_BY, write_files
 from llava_core.weights.internlm2 import RemoteCode, fused
 from llava_core.weights.load import outline
 from llava_core.weights.merged import merged
-from llava_core.weights.names import to_internlm2, to_language_only
+from llava_core.weights.names import to_internlm2, to_language_only, to_llava
 from llava_core.weights.new_folder import new_folder
 from llava_core.weights.shards import TensorToWrite, whole_tensor, write_weights
 from llava_core.weights.vocabulary import frozen_tokenizer, grown, grown_size, stop_ids, written_bos
@@ -52,9 +52,9 @@ def export_model(
 ) -> Path:
     """Writes the model to `folder`, which appears when it is complete and durable; returns it.
 
-    transformers loads the folder with LlavaForConditionalGeneration and AutoProcessor, or, without a vision tower, with
-    AutoModelForCausalLM and AutoTokenizer. An InternLM2 is written as it was found, and needs its own code there; in a
-    LLaVA it is written as the Llama that it is. Two things differ from the model in memory:
+    transformers loads the folder with Llava- or LlavaNextForConditionalGeneration and AutoProcessor, or, without a
+    vision tower, with AutoModelForCausalLM and AutoTokenizer. An InternLM2 is written as it was found, and needs its
+    own code there; in a LLaVA it is written as the Llama that it is. Two things differ from the model in memory:
 
     - A tokenizer without `<image>` gets it, as transformers needs; see `vocabulary.grown` for the rows this may add.
     - transformers knows the projector `mlp2x_gelu` only. With another one it refuses the folder; this library reads it.
@@ -196,7 +196,7 @@ def _tensors(whole: Llava, spec: ModelSpec, weights: Iterator[Tensor]) -> dict[s
 def _disk_name(name: str, spec: ModelSpec) -> str:
     """What a parameter is called in the folder; neighbours that share a name are one tensor there."""
     if spec.vision is not None:
-        return name
+        return to_llava(name)
     name = to_language_only(name)
     return to_internlm2(name) if spec.text.family == "internlm2" else name
 

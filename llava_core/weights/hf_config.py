@@ -10,7 +10,9 @@ from typing import Any, Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from llava_core.errors import WeightsError
+from llava_core.data.image_config import parse_pinpoints
+from llava_core.data.tiles import Anyres
+from llava_core.errors import ConfigError, WeightsError
 from llava_core.model.layers import ACTIVATIONS
 from llava_core.model.spec import Family, ModelSpec, RopeSpec, TextSpec, VisionSpec, projector_depth
 from llava_core.weights import internlm2
@@ -66,7 +68,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 def model_spec(config: PretrainedConfig, where: Path) -> ModelSpec:
     """The spec of a whole folder: a LLaVA, or a language model."""
-    if config.model_type != "llava":
+    if config.model_type not in ("llava", "llava_next"):
         return ModelSpec(text_spec(config, where))
     projector = "mlp2x_gelu"
     if config.projector_hidden_act.startswith(OWN_PROJECTOR):
@@ -85,7 +87,22 @@ def model_spec(config: PretrainedConfig, where: Path) -> ModelSpec:
         vision=vision_spec(config.vision_config, where, config.vision_feature_layer, select),
         projector=projector,
         image_token_id=config.image_token_index,
+        image_grid_pinpoints=_pinpoints(config, where),
     )
+
+
+def _pinpoints(config: PretrainedConfig, where: Path) -> tuple[tuple[int, int], ...]:
+    """LLaVA-NeXT's resolutions; none of another LLaVA."""
+    if config.model_type == "llava":
+        return ()
+    # What older releases wrote, which then had a choice.
+    _require(where, "use_image_newline_parameter", getattr(config, "use_image_newline_parameter", True), True)
+    try:
+        found = parse_pinpoints(config.image_grid_pinpoints)
+        Anyres(found).check(config.vision_config.image_size)
+        return found
+    except ConfigError as error:
+        raise WeightsError(f"{where}: {error}") from error
 
 
 def vision_spec(config: PretrainedConfig, where: Path, feature_layer: int, select: FeatureSelect) -> VisionSpec:

@@ -18,6 +18,7 @@ from llava_core.model.projector import Projector
 from llava_core.model.spec import ModelSpec
 from llava_core.model.stage import Stage
 from llava_core.weights.fresh_adapters import fresh_adapters
+from llava_core.weights.names import NEWLINE
 from llava_core.weights.rows import Sliceable
 from llava_core.weights.source import ModelSource
 
@@ -67,8 +68,9 @@ def load_model(
     model = outline(source.spec, trainable, compute_dtype, ops, stage, source.adapters)
     arrange(model)
     tensors: dict[str, Callable[[], Sliceable]] = dict(source.tensors)
-    if source.fresh_projector:
-        tensors = _fresh_projector(source, seed) | tensors
+    if source.fresh_projector or source.fresh_newline:
+        fresh = _fresh_projector(source, seed)
+        tensors = (fresh if source.fresh_projector else {NEWLINE: fresh[NEWLINE]}) | tensors
     _check(outline(source.spec), [name for name in tensors if not is_adapter(name)])
     named = list(model.named_parameters())
     tensors = fresh_adapters([(name, p.shape) for name, p in named if is_adapter(name)], tensors, seed) | tensors
@@ -111,7 +113,7 @@ def outline(
 
 
 def _fresh_projector(source: ModelSource, seed: int) -> dict[str, Callable[[], Sliceable]]:
-    """PyTorch's own initialisation of linear layers, as in the original LLaVA."""
+    """The original LLaVA's initialisation: PyTorch's own of linear layers, then the newline's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = Projector(source.spec).state_dict()

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CANONICAL_VISION = "vision_tower.vision_model."
+NEWLINE, NEWLINE_ON_DISK = "multi_modal_projector.image_newline", "image_newline"
+"""LLaVA-NeXT's newline, which is the projector's here: it is trained, frozen and gathered with it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ LLAVA = Naming(
         (r"lm_head\.", "language_model.lm_head."),
         (r"(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
         (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", CANONICAL_VISION),
+        (rf"(?:model\.)?{NEWLINE_ON_DISK}$", NEWLINE),
     ),
     unused=(SIGLIP_POOLING,),
 )
@@ -100,11 +103,17 @@ PROJECTOR = Naming(
         *((rf"(?:model\.)?mm_projector\.{2 * i}\.", f"multi_modal_projector.linear_{i + 1}.") for i in range(9)),
         (r"(?:model\.)?mm_projector\.(?=weight|bias)", "multi_modal_projector.linear_1."),
         (r"(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
+        (rf"(?:model\.)?{NEWLINE_ON_DISK}$", NEWLINE),
         *((rf"model\.{2 * i}\.", f"multi_modal_projector.linear_{i + 1}.") for i in range(9)),  # XTuner's folder
     ),
     unused=(r"(^|\.)(vision_tower|language_model|lm_head)\.",),
 )
 """A projector alone (`mm_projector.bin` of the original LLaVA and XTuner's folder too), or that of a whole LLaVA."""
+
+
+def to_llava(name: str) -> str:
+    """The name in a whole LLaVA's folder."""
+    return NEWLINE_ON_DISK if name == NEWLINE else name
 
 
 def to_language_only(name: str) -> str:

@@ -4,37 +4,58 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from llava_core.data.images import Aspect, ImageProcessor
 from llava_core.data.tiles import Anyres, DynamicTiles
 from llava_core.errors import ConfigError
-from llava_core.model.spec import VisionSpec
+from llava_core.model.spec import ModelSpec
 
 
-def load_processor(folder: Path, vision: VisionSpec, aspect: Aspect | DynamicTiles | None = None) -> ImageProcessor:
-    """The image processor of a model's folder.
+def load_processor(
+    folder: Path, spec: ModelSpec, aspect: Aspect | DynamicTiles | Literal["anyres"] | None = None
+) -> ImageProcessor:
+    """The image processor of a model's folder, or of its tower's.
 
     Args:
-        aspect: in place of the folder's own.
+        aspect: in place of the folder's own; `anyres` of a LLaVA-NeXT alone, which has no other.
 
     Raises:
         ConfigError: the folder has none, or one that does not give what the tower takes.
     """
-    if isinstance(aspect, DynamicTiles):
+    assert spec.vision is not None
+    if spec.image_grid_pinpoints:
+        processor = _anyres(folder, Anyres(spec.image_grid_pinpoints))
+    elif isinstance(aspect, DynamicTiles):
         whole = ImageProcessor.from_folder(folder, "square")
         processor = replace(whole, resize=whole.output_size, crop=None, tiling=aspect)
     else:
+        assert aspect != "anyres"
         processor = ImageProcessor.from_folder(folder, aspect)
-    if processor.output_size != (vision.image_size, vision.image_size):
+        if isinstance(processor.tiling, Anyres):
+            raise ConfigError(f"{folder}: its image processor is LLaVA-NeXT's, and its model is not.")
+    size = spec.vision.image_size
+    if processor.output_size != (size, size):
         raise ConfigError(
             f"{folder}: its image processor gives {processor.output_size} pixels and the vision tower takes "
-            f"{vision.image_size} x {vision.image_size}; mend preprocessor_config.json."
+            f"{size} x {size}; mend preprocessor_config.json."
         )
-    if processor.tiling is not None and vision.visual_tokens != vision.num_patches:
+    if processor.tiling is not None and spec.vision.visual_tokens != spec.vision.num_patches:
         raise ConfigError(
             "tiles are for features of patches alone: set model.vision_feature_select to default, which leaves the "
             "class token out, or image_aspect to square or pad."
         )
-    if isinstance(processor.tiling, Anyres):
-        raise ConfigError(f"{folder}: its image processor is LLaVA-NeXT's, and its model is not.")
     return processor
+
+
+def _anyres(folder: Path, tiling: Anyres) -> ImageProcessor:
+    """A LLaVA-NeXT's processor; of a tower, as its images are processed whole."""
+    own = ImageProcessor.from_folder(folder)
+    if not isinstance(own.tiling, Anyres):
+        return replace(ImageProcessor.from_folder(folder, "square"), tiling=tiling)
+    if own.tiling != tiling:
+        raise ConfigError(
+            f"{folder}: image_grid_pinpoints are {own.tiling.pinpoints} in its image processor and "
+            f"{tiling.pinpoints} in its model; mend one of them."
+        )
+    return own

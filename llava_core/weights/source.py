@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from llava_core.data.tiles import Anyres, Size
 from llava_core.errors import WeightsError
 from llava_core.model.adapters import Adapters
 from llava_core.model.spec import ModelSpec, TextSpec
@@ -51,6 +52,7 @@ class ModelSource:
         processor_folder: the folder with its image processor; None for a language model.
         files: every weights file, for fingerprints.
         fresh_projector: the projector has no weights yet and is to be initialised.
+        fresh_newline: the same of LLaVA-NeXT's newline alone, beside a projector that has weights.
         remote: what an export takes over from a language model's folder whose classes are not transformers' own.
         adapters: what is to be put beside the weights; where `tensors` has no values for it, it starts afresh.
     """
@@ -61,6 +63,7 @@ class ModelSource:
     processor_folder: Path | None
     files: tuple[Path, ...]
     fresh_projector: bool = False
+    fresh_newline: bool = False
     remote: RemoteCode | None = None
     adapters: Adapters | None = None
 
@@ -89,14 +92,17 @@ def compose(
     projector_type: str,
     feature_layer: int,
     feature_select: FeatureSelect,
+    image_grid_pinpoints: tuple[Size, ...] = (),
 ) -> ModelSource:
-    """A LLaVA from its parts. Without `projector` its parameters are left for the loader to initialise."""
+    """A LLaVA from its parts. Without `projector` its parameters are left for the loader to initialise, and so is the
+    newline of a LLaVA-NeXT that `projector` does not have."""
     spec = composed_spec(
         vision,
         language,
         projector_type=projector_type,
         feature_layer=feature_layer,
         feature_select=feature_select,
+        image_grid_pinpoints=image_grid_pinpoints,
     )
     tensors = _tensors(vision, names.VISION) | _language_tensors(language, spec.text)
     paths = [vision, language]
@@ -105,7 +111,10 @@ def compose(
         tensors |= _tensors(projector, names.PROJECTOR)
         paths.append(projector)
     files = tuple(file for path in paths for file in weight_files(path))
-    return ModelSource(spec, tensors, language, vision, files, fresh_projector=projector is None)
+    fresh_newline = bool(image_grid_pinpoints) and names.NEWLINE not in tensors
+    return ModelSource(
+        spec, tensors, language, vision, files, fresh_projector=projector is None, fresh_newline=fresh_newline
+    )
 
 
 def folder_spec(folder: Path) -> ModelSpec:
@@ -114,11 +123,20 @@ def folder_spec(folder: Path) -> ModelSpec:
 
 
 def composed_spec(
-    vision: Path, language: Path, *, projector_type: str, feature_layer: int, feature_select: FeatureSelect
+    vision: Path,
+    language: Path,
+    *,
+    projector_type: str,
+    feature_layer: int,
+    feature_select: FeatureSelect,
+    image_grid_pinpoints: tuple[Size, ...] = (),
 ) -> ModelSpec:
     """The numbers of a LLaVA from its parts, from their configs alone."""
     text = text_spec(read_config(language), language)
-    return ModelSpec(text, vision_spec(read_config(vision), vision, feature_layer, feature_select), projector_type)
+    tower = vision_spec(read_config(vision), vision, feature_layer, feature_select)
+    if image_grid_pinpoints:
+        Anyres(image_grid_pinpoints).check(tower.image_size)
+    return ModelSpec(text, tower, projector_type, image_grid_pinpoints=image_grid_pinpoints)
 
 
 def _language_tensors(path: Path, spec: TextSpec) -> dict[str, Callable[[], Sliceable]]:

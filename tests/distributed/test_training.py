@@ -17,7 +17,7 @@ from llava_core.config import build_config
 from llava_core.engine.processes import Processes
 from llava_core.plugins import Registry
 from llava_core.testing.datasets import VOCAB_SIZE, TinyParts, tiny_parts
-from llava_core.testing.models import save_folder, tiny_model, tiny_text_config
+from llava_core.testing.models import TINY_PINPOINTS, save_folder, tiny_model, tiny_text_config
 from llava_core.train import loop, resume
 from llava_core.train.interrupt import StopRequest
 from llava_core.train.prepare import open_run, prepare
@@ -47,6 +47,8 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+TILES = ("data.image_aspect=tiles", "data.max_tiles=4")
+ANYRES = ("data.image_aspect=anyres", f"model.image_grid_pinpoints={[list(point) for point in TINY_PINPOINTS]}")
 SAME = ("step", "tokens", "lr", "epoch", "samples", "text_tokens", "image_tokens", "label_tokens", "skipped")
 
 
@@ -77,6 +79,10 @@ def assert_same_numbers(found: Path, expected: Path) -> None:
         (2, ("parallel.pipeline=2",)),
         (2, ("parallel.pipeline=2", "batch.micro_tokens=null", "batch.micro_size=2")),
         (4, ("parallel.pipeline=2", "parallel.context=2")),
+        (2, (*TILES, "parallel.tensor=2")),
+        (2, ANYRES),
+        (2, (*ANYRES, "parallel.pipeline=2")),
+        (4, (*ANYRES, "parallel.context=2", "parallel.tensor=2")),
     ],
 )
 def test_the_numbers_are_those_of_one_process(

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llava_core.backend import OpSet
 from llava_core.data.batch import Batch, Example
 from llava_core.data.packing import build_batch
+from llava_core.data.tiles import Anyres
 from llava_core.engine.opset import Use
 from llava_core.engine.opset import build_ops as backend_ops
 from llava_core.model.freeze import PARTS
@@ -24,9 +25,12 @@ from llava_core.model.spec import ModelSpec
 from llava_core.model.stage import Stage
 from llava_core.testing.models import (
     IMAGE_TOKEN_ID,
+    TINY_IMAGE_SIZES,
+    TINY_PINPOINTS,
     classic_name,
     random_example,
     tiny_llava_config,
+    tiny_llava_next_config,
     tiny_model,
     tiny_text_config,
     tiny_vision_config,
@@ -34,6 +38,7 @@ from llava_core.testing.models import (
 )
 from llava_core.weights.hf_config import model_spec
 from llava_core.weights.load import load_model
+from llava_core.weights.names import NEWLINE, NEWLINE_ON_DISK
 from llava_core.weights.source import ModelSource
 from tests.hardware import hardware
 
@@ -70,6 +75,10 @@ CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "siglip": lambda: tiny_llava_config(vision=tiny_vision_config("siglip"), vision_feature_select_strategy="full"),
     "siglip_last": lambda: tiny_llava_config(
         vision=tiny_vision_config("siglip"), vision_feature_select_strategy="full", vision_feature_layer=-1
+    ),
+    "anyres": tiny_llava_next_config,
+    "anyres_siglip": lambda: tiny_llava_next_config(
+        vision=tiny_vision_config("siglip"), vision_feature_select_strategy="full"
     ),
     "linear_projector": tiny_llava_config,
     "llama3_rope": lambda: _llava_with_text(rope_parameters=LLAMA3_ROPE, num_key_value_heads=2),
@@ -173,13 +182,24 @@ def hf_inputs(model: PreTrainedModel, example: Example) -> dict[str, Tensor]:
     inputs = {"input_ids": tokens[None], "labels": labels[None]}
     if example.pixels is not None:
         inputs["pixel_values"] = example.pixels.to(model.dtype)
+        if example.merge is not None:
+            inputs["image_sizes"] = torch.tensor([_anyres_size(length) for length in example.visual_tokens])
     return inputs
+
+
+def _anyres_size(visual_tokens: int) -> tuple[int, int]:
+    """The size of a `random_example`'s image: no two become equally many tokens."""
+    tiling = Anyres(TINY_PINPOINTS)
+    (size,) = (size for size in TINY_IMAGE_SIZES if tiling.visual_tokens(size, 24, 9) == visual_tokens)
+    return size
 
 
 def ours_name(model: PreTrainedModel, name: str) -> str:
     """This library's name, which is the hub's, under `language_model.` for a language model alone."""
     name = classic_name(model, name)
-    return name if model.config.model_type == "llava" else "language_model." + name
+    if name == NEWLINE_ON_DISK:
+        return NEWLINE
+    return name if model.config.model_type.startswith("llava") else "language_model." + name
 
 
 def build_ours(

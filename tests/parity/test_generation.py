@@ -27,6 +27,7 @@ IMAGE_PROMPTS = ((13,), (4, 9), (3, 2, 6), (1, 5), (20,))
 CASES = (
     "clip",
     "siglip",
+    "anyres",
     "grouped_queries",
     "tied",
     "llama3_rope",

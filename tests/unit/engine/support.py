@@ -34,6 +34,7 @@ from llava_core.testing.models import (
 )
 from llava_core.weights.hf_config import model_spec
 from llava_core.weights.load import leave_whole, load_model
+from llava_core.weights.names import NEWLINE, NEWLINE_ON_DISK
 from llava_core.weights.source import ModelSource
 from tests.hardware import hardware
 
@@ -85,6 +86,8 @@ def engine(
     `num_tokens`. `arrange` comes before sharding."""
     prefix = "" if spec.vision else "language_model."
     named = {prefix + classic_name(model, name): p.detach() for name, p in model.named_parameters()}
+    if NEWLINE_ON_DISK in named:
+        named[NEWLINE] = named.pop(NEWLINE_ON_DISK)
     # SigLIP's pooling head comes after the features and is no part of a LLaVA.
     tensors = {n: (lambda tensor=p: tensor) for n, p in named.items() if ".vision_model.head." not in n}
     source = ModelSource(spec, tensors, Path(), None, (), adapters=adapters)

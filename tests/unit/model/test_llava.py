@@ -162,19 +162,19 @@ def test_the_pixels_of_the_stand_in_image_change_nothing(build):
 
 def test_full_selection_keeps_the_class_token(build):
     model = build(vision_feature_select_strategy="full")
-    assert model.encode_images(torch.zeros(2, 3, 24, 24, device=hardware().device)).shape == (2, 10, 64)
+    assert model.vision_tower(torch.zeros(2, 3, 24, 24, device=hardware().device)).shape == (2, 10, 32)
 
 
 def test_siglip_has_no_class_token(build):
     model = build(vision=tiny_vision_config("siglip"), vision_feature_select_strategy="full")
-    assert model.encode_images(torch.zeros(2, 3, 24, 24, device=hardware().device)).shape == (2, 9, 64)
+    assert model.vision_tower(torch.zeros(2, 3, 24, 24, device=hardware().device)).shape == (2, 9, 32)
 
 
 @pytest.mark.device
 def test_splice_puts_rows_in_their_places():
     device = hardware().device
     x = torch.zeros(7, 2, device=device)
-    features = torch.arange(1.0, 9.0).reshape(2, 2, 2).to(device)
+    features = torch.arange(1.0, 9.0).reshape(4, 2).to(device)
     spliced = splice(x, features, torch.tensor([5, 6, 1, 2], device=device))
     assert spliced[:, 0].tolist() == [0, 5, 7, 0, 0, 1, 3]
     assert not x.any(), "the embeddings are not written to"

@@ -126,6 +126,8 @@ def real_batch(batch: Batch, spec: ModelSpec) -> Batch:
     moved: dict[str, Any] = {
         name: getattr(batch, name).clone() for name in ("tokens", "positions", "cu_seqlens", "image_index")
     }
+    if batch.feature_index is not None:
+        moved["feature_index"] = batch.feature_index.clone()
     size = spec.vision.image_size if spec.vision else 1
     return replace(batch, pixels=torch.zeros(len(batch.pixels), 3, size, size), **moved)
 

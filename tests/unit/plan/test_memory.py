@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 2, packed, fp16": {"train": {"precision": "fp16"}},
     "selective": {"train": {"precision": "bf16", "recompute": "selective"}},
     "recomputed": {"train": {"precision": "bf16", "recompute": "full", "recompute_layers": 3}},
+    "tiles": {"data": {"image_aspect": "tiles", "max_tiles": 4}},
     "everything, bf16": {"train": {"trainable": EVERYTHING, "precision": "bf16"}},
     "LoRA, bf16": {"train": {"trainable": EVERYTHING, "precision": "bf16"}, "lora": {**LORA, "dropout": 0.1}},
     "DoRA, recomputed": {"train": {"recompute": "selective"}, "lora": {"language": LORA["language"], "dora": True}},
@@ -43,6 +44,12 @@ def predicted_peak(config: Any, spec: ModelSpec) -> int:
 def test_the_peak_is_the_measured_one(name: str) -> None:
     config = run_config(**CASES[name])
     assert predicted_peak(config, SPEC) == pytest.approx(measure(config, SPEC, Processes()).peak, rel=ERROR)
+
+
+def test_the_peak_is_the_measured_one_with_newlines() -> None:
+    spec = replace(SPEC, image_grid_pinpoints=((112, 224), (224, 112)))
+    config = run_config(data={"image_aspect": "anyres"}, train={"trainable": EVERYTHING})
+    assert predicted_peak(config, spec) == pytest.approx(measure(config, spec, Processes()).peak, rel=ERROR)
 
 
 def test_the_peak_is_the_measured_one_with_grouped_heads_and_a_window() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from llava_core.data.tiles import DynamicTiles
 from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
 from llava_core.plan.step import PlannedStep, planned_batch
@@ -50,5 +53,11 @@ def planned(**batch: int) -> PlannedStep:
 def test_a_micro_batch_has_an_image_a_sample_and_every_text_token_supervised() -> None:
     batch = planned_batch(SPEC, PlannedStep(512, 2, 2))
     assert (batch.counts.images, batch.counts.image_tokens, batch.counts.label_tokens) == (2, 128, 2 * (512 - 64))
+    tiled = planned_batch(SPEC, PlannedStep(512, 2, 2, tiling=DynamicTiles(1, 12)))  # eight tiles would leave no text
+    assert (tiled.counts.tiles, tiled.counts.image_tokens, len(tiled.pixels)) == (2 * 7, 2 * 7 * 64, 2 * 7)
+    anyres = planned_batch(replace(SPEC, image_grid_pinpoints=((112, 224), (224, 224))), PlannedStep(512, 2, 2))
+    assert (anyres.counts.tiles, anyres.counts.image_tokens, anyres.num_newlines) == (2 * 5, 2 * (64 + 16 * 17), 2 * 16)
+    assert anyres.feature_index is not None
+    assert anyres.feature_index.tolist() == list(range(2 * 5 * 64))
     too_short = planned_batch(SPEC, PlannedStep(64, 2, 2))
     assert (too_short.counts.images, too_short.counts.label_tokens) == (0, 2 * 63)

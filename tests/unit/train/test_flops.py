@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,8 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_core.data.batch import Labelled
 from llava_core.model.adapters import Adapters, LowRank
 from llava_core.model.spec import ModelSpec
-from llava_core.testing.models import random_example, tiny_text_config, tiny_vision_config
+from llava_core.testing.models import (
+    random_example,
+    tiny_llava_next_config,
+    tiny_model,
+    tiny_text_config,
+    tiny_vision_config,
+)
 from llava_core.train.flops import step_flops
+from llava_core.weights.hf_config import model_spec
 from tests.unit.engine.support import batches, engine, hf_model
 
 PARTS = ("vision", "projector", "language")
@@ -68,6 +77,13 @@ def test_a_step_with_adapters_has_the_counters_flops(trainable: tuple[str, ...],
 
 def test_two_images_and_the_class_token_are_counted() -> None:
     model, spec = hf_model(vision=tiny_vision_config(), vision_feature_select_strategy="full", vision_feature_layer=-1)
+    step = batches([random_example(spec, (4, 2, 9), seed=i) for i in range(2)], [1, 1])
+    assert step_flops(spec, PARTS, step) == counted(spec, model, PARTS, (4, 2, 9))
+
+
+def test_tiles_are_counted_and_newlines_are_not_projected() -> None:
+    config = tiny_llava_next_config()
+    model, spec = tiny_model(config), model_spec(config, Path("tiny"))
     step = batches([random_example(spec, (4, 2, 9), seed=i) for i in range(2)], [1, 1])
     assert step_flops(spec, PARTS, step) == counted(spec, model, PARTS, (4, 2, 9))
 

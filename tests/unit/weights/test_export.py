@@ -191,11 +191,9 @@ def test_the_processor_gives_our_ids_and_pixels(name: str, kind: str, aspect: st
 @pytest.mark.parametrize("case", ["clip", "siglip"])
 def test_the_processor_of_tiles_gives_our_ids_pixels_and_logits(case: str, kind: str, tmp_path: Path) -> None:
     source = parts(case)
-    vision = source.spec.vision
-    assert vision is not None
     tiled = replace(processor("square"), resize=(24, 24), crop=None, tiling=DynamicTiles(1, 6))
     folder = export_model(source.model, tokenizer(kind), tiled, V1, tmp_path / "hf", dtype=torch.float32)
-    assert load_processor(folder, vision) == tiled
+    assert load_processor(folder, source.spec) == tiled
     example = Assistant(source.model, tokenizer(kind), tiled, V1).build_example("prompt", IMAGE_TURN, [picture()])
     assert example.pixels is not None
     assert example.visual_tokens == (len(example.pixels) * 9,) != (9,)

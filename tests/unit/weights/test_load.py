@@ -237,7 +237,7 @@ def test_half_a_projector_is_refused(parts, tmp_path, hf):
 def test_every_missing_and_unexpected_name_is_listed(folder):
     def change(tensors):
         tensors["language_model.model.norm.extra"] = tensors.pop("language_model.model.norm.weight")
-        tensors["image_newline"] = torch.zeros(64)
+        tensors["image_new_line"] = torch.zeros(64)
         del tensors["vision_tower.vision_model.embeddings.class_embedding"]
 
     rewrite(folder, change)
@@ -245,7 +245,7 @@ def test_every_missing_and_unexpected_name_is_listed(folder):
         load(from_folder(folder))
     assert str(error.value).splitlines()[1:] == [
         "  missing (2): language_model.model.norm.weight, vision_tower.vision_model.embeddings.class_embedding",
-        "  unexpected (2): image_newline, language_model.model.norm.extra",
+        "  unexpected (2): image_new_line, language_model.model.norm.extra",
     ]
 
 

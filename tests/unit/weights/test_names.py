@@ -82,7 +82,7 @@ def test_unused_tensors_have_no_name(naming, disk):
 
 
 def test_unknown_names_stay_so_that_they_are_reported():
-    assert LLAVA.canonical("image_newline") == "image_newline"
+    assert LLAVA.canonical("image_newlines") == "image_newlines"
     assert LANGUAGE.canonical("transformer.wte.weight") == "transformer.wte.weight"
 
 
