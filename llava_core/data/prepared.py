@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llava_core.durable import FileDigest
 from llava_core.errors import DataError
@@ -34,6 +38,11 @@ class Prepared:
     def encode(self) -> bytes:
         """The manifest's bytes."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode() + b"\n"
+
+
+def row_checksum(tokens: NDArray[np.integer], supervised: NDArray[np.bool_], text: bytes) -> int:
+    """The CRC-32 of all that is kept of a tokenised row."""
+    return crc32(text, crc32(supervised.tobytes(), crc32(tokens.tobytes())))
 
 
 def read_prepared(folder: Path) -> Prepared:

@@ -3,7 +3,7 @@
 A part is a safetensors file: the ids of all its rows end to end in `tokens`, and in `supervised` which of them are
 targets; `token_bounds` and `row_bounds` say where a row's tokens and its text in `rows` start and end. That text is
 JSON: the row's id, images, and why it cannot be used if it cannot. It keeps its place, so that every row has the number
-that it has in the source.
+that it has in the source. `checksums` are of a row's tokens, targets and text.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from llava_core.data.encoding import compact, conversation_of
 from llava_core.data.fingerprint import fingerprint
 from llava_core.data.overlong import Encoded, truncated
 from llava_core.data.prepare.parts import RowLog
+from llava_core.data.prepared import row_checksum
 from llava_core.data.readers import Reader
 from llava_core.data.records import EmbeddedImage, Record, TokenSequence, modality_length
 from llava_core.durable import FileDigest
@@ -67,14 +68,16 @@ class TokensTarget:
 
     def chunks(self, reader: Reader, rows: range, log: RowLog, folder: Path) -> Iterator[bytes]:
         token_bounds, row_bounds, dtype = array("q", [0]), array("q", [0]), id_type(self.tokenizer)
+        checksums = array("q")
         with ExitStack() as stack:
             tokens, supervised, texts = (
                 stack.enter_context(SpooledTemporaryFile(IN_MEMORY_BYTES, dir=str(folder))) for _ in range(3)
             )
             for index in rows:
                 sequence, described = self._encode(reader, index, log)
-                text = json.dumps(described).encode()
-                tokens.write(sequence.tokens.astype(dtype).tobytes())
+                ids, text = sequence.tokens.astype(dtype), json.dumps(described).encode()
+                checksums.append(row_checksum(ids, sequence.supervised, text))
+                tokens.write(ids.tobytes())
                 supervised.write(sequence.supervised.tobytes())
                 texts.write(text)
                 token_bounds.append(token_bounds[-1] + sequence.tokens.size)
@@ -82,12 +85,13 @@ class TokensTarget:
             columns = {
                 "token_bounds": _stored("I64", len(token_bounds), 8),
                 "row_bounds": _stored("I64", len(row_bounds), 8),
+                "checksums": _stored("I64", len(checksums), 8),
                 "tokens": _stored("U16" if dtype.itemsize == 2 else "I32", token_bounds[-1], dtype.itemsize),
                 "supervised": _stored("BOOL", token_bounds[-1], 1),
                 "rows": _stored("U8", row_bounds[-1], 1),
             }
             yield header(columns)
-            yield from (np.array(bounds, dtype="<i8").tobytes() for bounds in (token_bounds, row_bounds))
+            yield from (np.array(column, dtype="<i8").tobytes() for column in (token_bounds, row_bounds, checksums))
             for spooled in (tokens, supervised, texts):
                 yield from blocks(spooled)
 

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from llava_core.data.conversation import Template
 from llava_core.data.fingerprint import differences, fingerprint
 from llava_core.data.overlong import Overlong
-from llava_core.data.prepared import read_prepared
+from llava_core.data.prepared import MANIFEST, read_prepared, row_checksum
 from llava_core.data.readers import Content
-from llava_core.data.readers.index import check_unchanged
+from llava_core.data.readers.index import check_unchanged, open_data
 from llava_core.data.records import EncodedRecord, TokenSequence
 from llava_core.errors import BadRow, ConfigError, DataError
 
@@ -35,13 +35,21 @@ class TokensReader:
         self.path = path
         prepared = read_prepared(path)
         request = prepared.request
-        if request["to"] != "tokens":
-            raise DataError(f"{path} was prepared as {request['to']}, not as token ids: leave data.reader out")
-        self.content: Content = request["source"]["content"]
-        self.usual_overlong: Overlong = request["source"]["usual_overlong"]
-        self.template: str = request["settings"]["template"]
-        self._made_with: Mapping[str, str] = request["settings"]["made_with"]
-        self._num_rows, self._part_size = prepared.num_rows, int(request["part_size"])
+        try:
+            if request["to"] != "tokens":
+                raise DataError(f"{path} was prepared as {request['to']}, not as token ids: leave data.reader out")
+            self.content: Content = request["source"]["content"]
+            self.usual_overlong: Overlong = request["source"]["usual_overlong"]
+            self.template: str = request["settings"]["template"]
+            self._made_with: Mapping[str, str] = request["settings"]["made_with"]
+            self._num_rows, self._part_size = prepared.num_rows, int(request["part_size"])
+        except (LookupError, TypeError) as error:
+            raise DataError(f"{path / MANIFEST} cannot be read ({error!r}): prepare the data anew") from error
+        if len(prepared.files) != -(-self._num_rows // self._part_size):
+            raise DataError(
+                f"{path / MANIFEST} tells of {self._num_rows} rows by {self._part_size}, and of {len(prepared.files)} "
+                "files: prepare the data anew"
+            )
         self._files = [(path / name, digest.size) for name, digest in sorted(prepared.files.items())]
         digests = "".join(prepared.files[file.name].sha256 for file, _ in self._files)
         self._digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
@@ -74,26 +82,35 @@ class TokensReader:
         number, row = divmod(index, self._part_size)
         file, size = self._files[number]
         try:
-            check_unchanged(file, size, file.stat().st_size)
+            with open_data(file) as opened:  # safetensors says of a closed file that there is none
+                check_unchanged(file, size, opened.seek(0, 2))
             with safe_open(file, framework="numpy") as part:
                 kept = _Part(part)
-                described = json.loads(kept.slice("rows", "row_bounds", row).tobytes())
+                text = kept.slice("rows", "row_bounds", row).tobytes()
                 tokens, supervised = (kept.slice(name, "token_bounds", row) for name in ("tokens", "supervised"))
-        except (OSError, ValueError, SafetensorError) as error:
+                (expected,) = part.get_slice("checksums")[row : row + 1].tolist()
+            if row_checksum(tokens, supervised, text) != expected:
+                raise ValueError("its checksum is another")
+            return _record(json.loads(text), index, TokenSequence(tokens.astype(np.int64), supervised))
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"row {index} cannot be read from {file}: {error}; copy it again") from error
-        if "unreadable" in described:
-            raise BadRow(*described["unreadable"])
-        return EncodedRecord(
-            id=described["id"],
-            index=index,
-            images=tuple(described.get("images", ())),
-            sequence=TokenSequence(tokens.astype(np.int64), supervised),
-            image_starts=tuple(described.get("image_starts", ())),
-            modality_length=described["length"],
-            refused=BadRow(*described["refused"]) if "refused" in described else None,
-        )
+            raise DataError(f"row {index} cannot be read from {file}: {error!r}; copy it again") from error
+
+
+def _record(described: Mapping[str, Any], index: int, sequence: TokenSequence) -> EncodedRecord:
+    """Raises BadRow for a row that could not be read when it was prepared."""
+    if "unreadable" in described:
+        raise BadRow(*described["unreadable"])
+    return EncodedRecord(
+        id=described["id"],
+        index=index,
+        images=tuple(described.get("images", ())),
+        sequence=sequence,
+        image_starts=tuple(described.get("image_starts", ())),
+        modality_length=described["length"],
+        refused=BadRow(*described["refused"]) if "refused" in described else None,
+    )
 
 
 class _Part:
@@ -104,4 +121,8 @@ class _Part:
 
     def slice(self, name: str, bounds: str, row: int) -> np.ndarray[Any, Any]:
         start, end = self._file.get_slice(bounds)[row : row + 2].tolist()
-        return cast("np.ndarray[Any, Any]", self._file.get_slice(name)[start:end])
+        values = self._file.get_slice(name)
+        size = values.get_shape()[0]
+        if not 0 <= start <= end <= size:  # safetensors raises whatever comes of it
+            raise ValueError(f"{bounds} {start} and {end}, of {size}")
+        return cast("np.ndarray[Any, Any]", values[start:end])

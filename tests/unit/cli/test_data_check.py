@@ -71,6 +71,27 @@ def test_what_train_refuses_is_refused_alike(capsys, config: Path, overrides: li
     assert outcomes[0].err == outcomes[1].err
 
 
+def test_rows_that_were_tokenised_before_are_found_to_be_the_same(
+    capsys, config: Path, parts: TinyParts, tmp_path: Path
+) -> None:
+    """Their images too, which are not in what was prepared."""
+    request = ("--to", "tokens", "--tokenizer", parts.language, "--output", tmp_path / "tokens")
+    done = run(capsys, "data", "prepare", parts.data, *request)
+    assert done.code == 0, done.err
+    reports, lists = [], []
+    for path in (parts.data, tmp_path / "tokens"):
+        given = (f"data.path={path}", "--workers", "0", "--output", tmp_path / "check")
+        done = run(capsys, "data", "check", config, *given)
+        assert done.code == 0, done.err
+        report = json.loads((tmp_path / "check/check.json").read_text())
+        assert report["sources"][0].pop("path") == str(path)
+        reports.append(report)
+        lists.append((tmp_path / "check/quarantine.jsonl").read_text())
+    assert reports[0] == reports[1]
+    assert reports[0]["images"]["usable"] > 0
+    assert lists[0] == lists[1]
+
+
 def test_a_run_is_left_as_it_is(capsys, config: Path, tmp_path: Path) -> None:
     """Checked before and after it, a run has the loss and the files of one that never was, and is finished."""
     for output in ("run", "plain"):

@@ -29,6 +29,8 @@ from llava_core.plugins import Registry
 from llava_core.preflight.subject import Subject
 from llava_core.testing.datasets import TinyParts
 from llava_core.train.data import open_readers
+from tests.unit.data.prepare.support import Data as Preparable
+from tests.unit.data.prepare.support import Quiet
 from tests.unit.preflight.conftest import settings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -103,7 +105,12 @@ FORMATS: dict[str, Callable[[Path], None]] = {
     "energon": write_energon,
     "saved": write_saved,
 }
-FILES = {"energon": "pretrain-0.tar", "saved": "data-00000-of-00002.arrow"}
+TOKENS = "tokens"
+FILES = {
+    "energon": "pretrain-0.tar",
+    "saved": "data-00000-of-00002.arrow",
+    TOKENS: "tokens-00000.safetensors",
+}
 """Of a format that is a folder the file with its first rows."""
 
 
@@ -139,13 +146,17 @@ class Data:
         return samples, rejected
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=[*FORMATS, TOKENS])
 def data(request: pytest.FixtureRequest, parts: TinyParts, tmp_path: Path) -> Data:
     (tmp_path / "images").mkdir()
     for number in range(NUM_ROWS):
         (tmp_path / "images" / f"{number}.png").write_bytes(picture(number))
     path = tmp_path / request.param
-    FORMATS[request.param](path)
+    if request.param == TOKENS:
+        write_lines(tmp_path / "source.jsonl")
+        Preparable(parts, tmp_path / "source.jsonl").tokens(path, part_size=NUM_ROWS).run(Quiet())
+    else:
+        FORMATS[request.param](path)
     return Data(path, path / FILES[request.param] if request.param in FILES else path, parts)
 
 
@@ -164,10 +175,15 @@ def test_a_folder_in_a_files_place_is_named(data: Data) -> None:
 
 def test_a_file_that_may_not_be_read_is_named(data: Data) -> None:
     config, registry = data.config, Registry.discover()
-    open_readers(config, registry, Processes())  # what is imported for it is closed to another user, too
+
+    def read_first() -> None:
+        (reader,) = open_readers(config, registry, Processes())
+        reader.read(0)  # where files are opened only then
+
+    read_first()  # what is imported for it is closed to another user, too
     data.file.chmod(0)
     with unprivileged(data.path.parent), pytest.raises(DataError, match=rf"{data.file.name}.*[Pp]ermission denied"):
-        open_readers(config, registry, Processes())
+        read_first()
 
 
 @contextmanager
@@ -212,6 +228,7 @@ def test_nothing_that_was_not_written_is_trained_on_of_a_file_cut_short(data: Da
 
 def test_damage_anywhere_ends_in_nothing_but_a_named_error(data: Data) -> None:
     """Not all of it can be found without a checksum, but none may end a run without a word of what it is."""
+    written, _ = data.read()
     content, refusals = data.file.read_bytes(), []
     rng = random.Random(0)
     for damage in (b"\x00" * 8, b"\xff" * 8, None) * 5:
@@ -223,7 +240,8 @@ def test_damage_anywhere_ends_in_nothing_but_a_named_error(data: Data) -> None:
             changed[start : start + 8] = damage[: len(content) - start]
         data.file.write_bytes(changed)
         try:
-            data.read()
+            samples, _ = data.read()
+            assert data.path.name != TOKENS or samples == written  # what was prepared has checksums
         except (DataError, ConfigError) as error:
             refusals.append(str(error))
     assert all(str(data.path.parent) in refusal for refusal in refusals), refusals
