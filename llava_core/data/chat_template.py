@@ -33,9 +33,8 @@ class TokenizerTemplate(Template):
     num_trailing: int
 
     def _spans(self, turns: Sequence[Turn]) -> list[Span]:
-        text = _apply(self.tokenizer, turns)
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", str(self.tokenizer.chat_template))
-        ranges = self._marked_ranges(turns) if marked else self._prefix_ranges(turns, text)
+        text, ranges = self._marked_ranges(turns) if marked else self._prefix_ranges(turns)
         spans, position = [], 0
         for start, end in ranges:
             spans += [Span(text[position:start], False), Span(text[start:end], True)]
@@ -45,12 +44,12 @@ class TokenizerTemplate(Template):
     def _prompt_spans(self, turns: Sequence[Turn]) -> list[Span]:
         return [Span(_apply(self.tokenizer, turns, opening=True), False)]
 
-    def _marked_ranges(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
-        """Character ranges of the answers between the template's generation marks."""
+    def _marked_ranges(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the character ranges of the answers between the template's generation marks."""
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template
-        _, ranges = render(
+        texts, ranges = render(
             conversations=[_messages(turns)],
             chat_template=self.tokenizer.chat_template,
             return_assistant_tokens_mask=True,
@@ -62,11 +61,11 @@ class TokenizerTemplate(Template):
                 f"the chat template marks {len(ranges[0])} generations in a conversation of {answers} answers; "
                 "mark each answer once, or choose a built-in template"
             )
-        return list(ranges[0])
+        return texts[0], list(ranges[0])
 
-    def _prefix_ranges(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """Character ranges of the answers, found by rendering the conversation up to before and after each."""
-        ranges = []
+    def _prefix_ranges(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the character ranges of the answers, found by rendering up to before and after each."""
+        text, ranges = _apply(self.tokenizer, turns), []
         for index in range(1, len(turns), 2):
             before = _apply(self.tokenizer, turns[:index], opening=True)
             after = _apply(self.tokenizer, turns[: index + 1])
@@ -77,7 +76,7 @@ class TokenizerTemplate(Template):
                     "{% generation %} … {% endgeneration %} in the chat template, or choose a built-in template"
                 )
             ranges.append((len(before), max(len(before), len(after) - self.num_trailing)))
-        return ranges
+        return text, ranges
 
 
 def tokenizer_template(tokenizer: PreTrainedTokenizerBase) -> Template:

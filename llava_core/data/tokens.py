@@ -18,13 +18,14 @@ The rules are the original LLaVA's (llava/mm_utils.py, tokenizer_image_token; ll
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.text import Text
 from torch import Tensor
 
@@ -79,22 +80,22 @@ def encode_whole(
             f"{list(visual_tokens)}"
         )
     ids = _bos(tokenizer) if conversation.adds_bos else []
-    supervised = [False] * len(ids)
+    supervised = [np.zeros(len(ids), dtype=np.bool_)]
     image_starts: list[int] = []
     for index, spans in enumerate(_chunks(conversation)):
         if index:
             image_starts.append(len(ids))
             ids += [pad_id] * visual_tokens[index - 1]
-            supervised += [False] * visual_tokens[index - 1]
+            supervised.append(np.zeros(visual_tokens[index - 1], dtype=np.bool_))
         chunk_ids, chunk_supervised = _encode_chunk(spans, tokenizer)
         ids += chunk_ids
-        supervised += chunk_supervised
+        supervised.append(chunk_supervised)
     if conversation.adds_eos:
         ids.append(_eos(tokenizer))
-        supervised.append(True)
+        supervised.append(np.ones(1, dtype=np.bool_))
     return Encoded(
-        tokens=torch.tensor(ids, dtype=torch.int64),
-        supervised=torch.tensor(supervised, dtype=torch.bool),
+        tokens=torch.from_numpy(np.array(ids, dtype=np.int64)),
+        supervised=torch.from_numpy(np.concatenate(supervised)),
         image_starts=tuple(image_starts),
         visual_tokens=tuple(visual_tokens),
     )
@@ -129,24 +130,23 @@ def _chunks(conversation: Conversation) -> Iterator[list[Span]]:
     yield spans
 
 
-def _encode_chunk(spans: Sequence[Span], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _encode_chunk(spans: Sequence[Span], tokenizer: Any) -> tuple[list[int], NDArray[np.bool_]]:
     """Ids of the spans' joined text, and which of them start in a trainable span."""
     text = "".join(span.text for span in spans)
     if not text:
-        return [], []
+        return [], np.zeros(0, dtype=np.bool_)
     if not tokenizer.is_fast:
         raise ConfigError(f"{type(tokenizer).__name__} gives no character offsets; use a tokenizer of `tokenizers`")
     shift = int(_loses_first_space(text, tokenizer))
     encoding = tokenizer(" " * shift + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = list(accumulate(len(span.text) for span in spans))
-    supervised, reached = [], 0
-    for start, end in encoding["offset_mapping"]:
-        # A token starts where the last one ended, also where trim_offsets hides its leading space; the bytes of one
-        # character share its offsets, so the start may lie before that.
-        begin = min(max(min(start, reached) - shift, 0), len(text) - 1)
-        supervised.append(spans[bisect_right(ends, begin)].trainable)
-        reached = end
-    return list(encoding["input_ids"]), supervised
+    offsets = encoding["offset_mapping"]
+    starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
+    # A token starts where the last one ended, also where trim_offsets hides its leading space; the bytes of one
+    # character share its offsets, so the start may lie before that.
+    begins = np.minimum(starts, np.concatenate([[0], ends[:-1]]))
+    span_ends = np.cumsum([len(span.text) for span in spans])
+    found = np.searchsorted(span_ends, np.clip(begins - shift, 0, len(text) - 1), side="right")
+    return list(encoding["input_ids"]), np.array([span.trainable for span in spans])[found]
 
 
 def _loses_first_space(text: str, tokenizer: Any) -> bool:
