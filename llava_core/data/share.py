@@ -40,9 +40,12 @@ class Share:
     def of(self, num_rows: int, step_size: int, chunk: int) -> NDArray[np.bool_]:
         """Which of the rows of consecutive steps are this share's: [N] bool.
 
-        Of each step it is every `count`-th chunk, so that a padded micro-batch stays whole.
+        Chunks are dealt one each, forwards and backwards in turn: where a step is sorted by length, as in a grouped
+        order, no share gets the longer chunk each time. A chunk, a padded micro-batch, stays whole.
         """
-        taken: NDArray[np.bool_] = np.arange(num_rows) % step_size // chunk % self.count == self.index
+        chunks = np.arange(num_rows) % step_size // chunk
+        rounds, places = np.divmod(chunks, self.count)
+        taken: NDArray[np.bool_] = np.where(rounds % 2, self.count - 1 - places, places) == self.index
         return taken
 
 
