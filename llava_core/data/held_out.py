@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from llava_core.data.readers.index import IntArray
+from llava_core.data.sources import Sources
 from llava_core.errors import ConfigError
+
+
+def trained_on(sources: Sources, fraction: float) -> Sources:
+    """The sources without the rows that are held out of each. Raises as `split_rows`."""
+    return Sources([replace(one, rows=split_rows(len(one.reader), fraction)[0]) for one in sources.sources])
+
+
+def held_out(sources: Sources, fraction: float) -> Sources:
+    """These rows, of the whole sources or of what is trained on of them. Raises as `split_rows`."""
+    return Sources([replace(one, rows=split_rows(len(one.reader), fraction)[1]) for one in sources.sources])
 
 
 def split_rows(num_rows: int, fraction: float) -> tuple[IntArray, IntArray]:

@@ -155,6 +155,8 @@ class _File(BaseModel):
     def _one_image(cls, text: str) -> str:
         if (count := text.count(IMAGE_MARK)) != 1:
             raise ValueError(f"expected {IMAGE_MARK} once, found it {count} times")
+        if text != text.strip():
+            raise ValueError("expected no white space around it: messages begin and end without")
         return text
 
     @field_validator("after_image")

@@ -42,9 +42,9 @@ class Grouping:
 
 def epoch_order(order: Order, num_rows: int, seed: int, epoch: int, grouping: Grouping | None = None) -> IntArray:
     """The rows' indices in the order of an epoch: [N] int64."""
-    generator = torch.Generator().manual_seed(_mix(seed, epoch))
     if order == "sequential":
         return np.arange(num_rows, dtype=np.int64)
+    generator = torch.Generator().manual_seed(_mix(seed, epoch))
     if order == "shuffled":
         shuffled: IntArray = torch.randperm(num_rows, generator=generator).numpy()
         return shuffled

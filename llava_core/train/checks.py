@@ -177,7 +177,9 @@ def check_data_settings(config: RunConfig, spec: ModelSpec) -> None:
     idle = [f"data.{key}" for key in idle if getattr(data, key) != type(data).model_fields[key].default]
     if spec.vision is None:
         idle += [f"data.sources.{number}.images" for number, source in enumerate(data.sources) if source.images]
-        idle += ["validation.images"] if config.validation is not None and config.validation.images else []
+        if (tried := config.validation) is not None:
+            idle += ["validation.images"] if tried.images else []
+            idle += [f"validation.sources.{number}.images" for number, one in enumerate(tried.sources) if one.images]
     if idle:
         raise ConfigError(f"{idle[0]} is set, and this model has no vision tower: leave it out.")
     if spec.vision is not None and (data.image_aspect == "anyres") != bool(spec.image_grid_pinpoints):

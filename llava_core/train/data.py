@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from llava_core.config import RunConfig
 from llava_core.config.data_sets import SourceConfig
 from llava_core.config.schema import DataConfig
 from llava_core.data.examples import ExampleBuilder
-from llava_core.data.held_out import split_rows
+from llava_core.data.held_out import trained_on
 from llava_core.data.image_side import ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
@@ -108,7 +107,7 @@ def build_loader(
     fraction = config.validation.fraction if config.validation is not None else None
     sources = build_sources(data, readers, templates, multimodal=multimodal)
     if fraction is not None:
-        sources = Sources([replace(s, rows=split_rows(s.num_rows, fraction)[0]) for s in sources.sources])
+        sources = trained_on(sources, fraction)
     pad_id = pad_token_id(tokenizer, spec.text.vocab_size)
     builder = ExampleBuilder(
         sources=sources,

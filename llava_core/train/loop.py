@@ -31,6 +31,7 @@ from llava_core.train.prepare import EXPORT_FOLDER, Run, open_run, prepare
 from llava_core.train.profiling import StepProfiler
 from llava_core.train.recording import recording
 from llava_core.train.saver import saving
+from llava_core.train.schedule import is_due
 from llava_core.weights.export import export_model
 
 if TYPE_CHECKING:
@@ -187,9 +188,8 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
 
 def validate(run: Run, done: int, stop: StopRequest, record: Callable[[ValidationMetrics], None]) -> None:
     """Try the model on the validation data, if that is due after `done` steps; a stop request cuts it short."""
-    validation = run.validation
-    if validation is not None and validation.is_due(done, at_end=run.is_over(done)):
-        found = validation.measure(run.engine, done, lambda: stop.agree(run.processes.gather))
+    if run.validation is not None and run.is_validation_due(done):
+        found = run.validation.measure(run.engine, done, lambda: stop.agree(run.processes.gather))
         if found is not None:
             record(found)
 
@@ -243,11 +243,6 @@ def export_run(run: Run, folder: Path) -> None:
         writes=run.processes.is_first,
         weights=run.engine.pipeline.whole_weights() if run.engine.pipeline is not None else None,
     )
-
-
-def is_due(every: int | None, done: int) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
-    return every is not None and done % every == 0
 
 
 def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:

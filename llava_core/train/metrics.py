@@ -96,16 +96,17 @@ class MetricsLog:
 
     Args:
         resumed_step: that it resumes from.
-        validated_step: the last step whose validation it does not repeat.
+        validates_again: whether it begins with the validation that belongs to that step.
     """
 
-    def __init__(self, folder: Path, resumed_step: int, validated_step: int = 0) -> None:
+    def __init__(self, folder: Path, resumed_step: int, *, validates_again: bool = False) -> None:
         self.path = folder / METRICS_FILE
         folder.mkdir(parents=True, exist_ok=True)
         kept = [
             row
             for row in _read_lines(folder)
-            if row["step"] <= (validated_step if VALIDATION_LOSS in row else resumed_step)
+            if row["step"] < resumed_step
+            or (row["step"] == resumed_step and not (validates_again and VALIDATION_LOSS in row))
         ]
         # Through another name: a run that dies here must not lose the lines of the steps it resumed from.
         rewritten = self.path.with_name(METRICS_FILE + ".partial")

@@ -77,14 +77,13 @@ class Run:
         """How far the run is after `done` steps, in the schedule's unit."""
         return done if self.schedule.unit == "steps" else self.loader.tokens
 
-    @property
-    def validated(self) -> int:
-        """The step after which the model was last validated; 0 for none."""
-        return 0 if self.validation is None else self.validation.validated
-
     def is_over(self, done: int) -> bool:
         """Whether these were all of its steps."""
         return self.place(done) >= self.schedule.total
+
+    def is_validation_due(self, done: int) -> bool:
+        """Whether the model is to be validated after `done` steps, and was not yet."""
+        return self.validation is not None and self.validation.is_due(done, at_end=self.is_over(done))
 
 
 def open_run(config: RunConfig, registry: Registry, processes: Processes) -> Hardware:

@@ -27,7 +27,7 @@ def recording(run: Run, registry: Registry, console: Console, done: int) -> Iter
         return
     config = run.config
     with ExitStack() as stack:
-        log = stack.enter_context(closing(MetricsLog(config.output, done, run.validated)))
+        log = stack.enter_context(closing(MetricsLog(config.output, done, validates_again=run.is_validation_due(done))))
         trackers = [stack.enter_context(closing(t)) for t in build_trackers(config, registry)]
         bar = stack.enter_context(report.progress_bar(console, run, done))
 

@@ -69,7 +69,7 @@ def draft(run: Run, step: int) -> Draft:
     state: dict[str, Any] = {
         "engine": engine_state,
         "loader": run.loader.state_dict(),
-        "validated": run.validated,
+        "validated": 0 if run.validation is None else run.validation.validated,
         "settings": _settings(run),
         "weights": _weights_fingerprint(run),
         "environment": {

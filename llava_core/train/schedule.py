@@ -13,6 +13,11 @@ Unit = Literal["steps", "tokens"]
 """What a run's length is counted in."""
 
 
+def is_due(every: int | None, done: int) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and done % every == 0
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Linear warm-up from 0, then the shape down to `final_fraction` at the end of the run.

@@ -13,17 +13,17 @@ from llava_core.config import RunConfig
 from llava_core.config.data_sets import ValidationConfig
 from llava_core.config.schema import DataConfig
 from llava_core.data.documents import TEXT
-from llava_core.data.held_out import split_rows
+from llava_core.data.held_out import held_out
 from llava_core.data.loader import StepLoader
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers.index import IntArray
-from llava_core.data.sources import Sources
 from llava_core.engine.processes import Processes
 from llava_core.engine.torch_engine import TorchEngine
 from llava_core.errors import DataError
 from llava_core.plugins import Registry
 from llava_core.train.data import build_sources, open_readers
 from llava_core.train.metrics import ValidationMetrics
+from llava_core.train.schedule import is_due
 from llava_core.train.templates import Templates, find_templates
 from llava_core.weights.source import ModelFolders
 
@@ -47,8 +47,7 @@ class Validation:
 
     def is_due(self, done: int, *, at_end: bool) -> bool:
         """Whether it is to be gone through after `done` steps, and was not yet."""
-        at_interval = self.every_steps is not None and done % self.every_steps == 0
-        return self.validated < done and (at_interval or at_end)
+        return self.validated < done and (at_end or is_due(self.every_steps, done))
 
     def check(self) -> None:
         """Some of it can be used: better found before the training than at its end.
@@ -152,11 +151,6 @@ def validation_data(data: DataConfig, settings: ValidationConfig, templates: Tem
             "template": data.template or chats,
         }
     )
-
-
-def held_out(training: Sources, fraction: float) -> Sources:
-    """The rows that the training leaves out of its sources."""
-    return Sources([replace(s, rows=split_rows(len(s.reader), fraction)[1]) for s in training.sources])
 
 
 def spread_rows(num_rows: int, most: int | None) -> IntArray:

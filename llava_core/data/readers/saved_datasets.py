@@ -116,6 +116,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     is_state = file.name == STATE_FILE
     if not isinstance(found, dict) or (is_state and not _names_files(found.get("_data_files"))):
         raise DataError(f"{file} names no files of a data set; save it again with a newer release of datasets")
+    if is_state and any(Path(str(one["filename"])).name != one["filename"] for one in found["_data_files"]):
+        raise DataError(f"{file} names files outside its folder; save the data set again")
     if is_state and found.get("_indices_data_files"):
         raise DataError(
             f"{file} has a separate order of rows, as releases of datasets before 1.9 wrote it and newer ones ignore: "

@@ -188,6 +188,10 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names no files of a data set"):
         SavedDatasetReader(tmp_path)
     table = pyarrow.table({"text": ["a"]})
+    for elsewhere in (str(save(tmp_path / "there", table) / "data.arrow"), "../there/data.arrow"):
+        (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": elsewhere}]}))
+        with pytest.raises(DataError, match="names files outside its folder"):
+            SavedDatasetReader(tmp_path)
     with pytest.raises(DataError, match="a separate order of rows"):
         SavedDatasetReader(save(tmp_path / "old", table, _indices_data_files=[{"filename": "indices.arrow"}]))
     with pytest.raises(DataError, match=r"has the columns question; expected one of: conversations; messages"):

@@ -158,6 +158,7 @@ def change(**keys: Any) -> str:
         (change(stop="#"), "stop = '#': expected a list."),
         (change(stop=[""]), "stop.0 = '': String should have at least 1 character."),
         (change(image="<im_start>"), "image = '<im_start>': expected <image> once, found it 0 times."),
+        (change(image=" <image>"), "image = ' <image>': expected no white space around it"),
         (change(after_image="<image>"), "after_image = '<image>': expected what follows an image, without <image>."),
         (change(after_image=1), "after_image = 1: Input should be a valid string."),
         (change(bos="no"), "bos = 'no': Input should be a valid boolean."),

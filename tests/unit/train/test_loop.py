@@ -16,9 +16,9 @@ from llava_core.engine import recompute
 from llava_core.errors import ConfigError, PluginError
 from llava_core.plugins import Registry
 from llava_core.testing.datasets import TinyParts
-from llava_core.train.loop import is_due, train_model
+from llava_core.train.loop import train_model
 from llava_core.train.prepare import Run
-from llava_core.train.schedule import build_schedule
+from llava_core.train.schedule import build_schedule, is_due
 from tests.unit.train.support import metrics_rows, prepare_alone, quiet, tiny_run, tiny_settings
 
 

@@ -345,6 +345,9 @@ def test_images_for_a_model_that_sees_nothing_are_refused(parts: TinyParts, othe
     language = ("model.vision=null", "model.language=null", f"model.path={parts.language}", "data.images=null")
     with pytest.raises(ConfigError, match=r"validation\.images is set, and this model has no vision tower"):
         tiny_run(parts, tmp_path / "run", *language, "train.trainable=[language]", *validated_on(other))
+    source = f"validation.sources=[{{path: {parts.data}, images: {parts.images}}}]"
+    with pytest.raises(ConfigError, match=r"validation\.sources\.0\.images is set, and this model has no vision tower"):
+        tiny_run(parts, tmp_path / "run", *language, "train.trainable=[language]", source)
 
 
 def test_it_may_change_in_a_resumed_run_but_not_what_is_held_out(
@@ -354,6 +357,8 @@ def test_it_may_change_in_a_resumed_run_but_not_what_is_held_out(
     run_to_end(tiny_run(parts, tmp_path / "run", *saving))
     assert run_to_end(tiny_run(parts, tmp_path / "run", *saving, *validated_on(other))) == []
     assert [row["step"] for row in read_validations(tmp_path / "run")] == [6]
+    assert run_to_end(tiny_run(parts, tmp_path / "run", *saving)) == []
+    assert [row["step"] for row in read_validations(tmp_path / "run")] == [6]  # what it was before is not lost
     with pytest.raises(Exception, match=r"validation\.fraction: was None, is 0\.1"):
         run_to_end(tiny_run(parts, tmp_path / "run", *saving, "validation.fraction=0.1"))
 
