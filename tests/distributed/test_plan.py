@@ -22,7 +22,7 @@ from tests.distributed.processes import run_processes
 from tests.unit.plan.support import SPEC, Measured, measure, run_config, subject
 
 ERROR = 0.05
-MEASUREMENTS = 4
+STEPS, MEASUREMENTS = 4, 4
 
 CASES: dict[str, dict[str, Any]] = {
     "shards": {"train": {"precision": "bf16"}},
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def measured(config: RunConfig) -> Measured:
-    return measure(config, SPEC, Processes(distributed.get_rank(), distributed.get_world_size()))
+    return measure(config, SPEC, Processes(distributed.get_rank(), distributed.get_world_size()), STEPS)
 
 
 def predicted(config: RunConfig, size: int, rank: int) -> Estimate:

@@ -108,23 +108,23 @@ def _check_round_trip(subject: Subject) -> str:
     return ", ".join(sorted(kept))
 
 
-def _memory_problem(subject: Subject) -> str | None:
-    """What is wrong with the peak when a block comes and goes."""
+def _memory_problem(subject: Subject, num_bytes: int) -> str | None:
+    """What is wrong with the peak when a block of so many bytes comes and goes."""
     memory = subject.backend.memory
     subject.backend.synchronize()
     memory.reset_peak()
     before = memory.peak_bytes()
-    block = torch.ones(BLOCK, dtype=torch.uint8, device=subject.device)
+    block = torch.ones(num_bytes, dtype=torch.uint8, device=subject.device)
     subject.backend.synchronize()
     rise = memory.peak_bytes() - before
     del block
     memory.reset_peak()
     left = memory.peak_bytes() - before
     # Other threads of the process may allocate or free meanwhile: half a block either way.
-    if not BLOCK / 2 <= rise <= BLOCK * 3 / 2:
-        return f"{BLOCK} bytes were allocated, and the peak rose by {rise}"
-    if left > BLOCK / 2:
-        return f"{BLOCK} bytes were freed and the peak reset, and it is still {left} above the start"
+    if not num_bytes / 2 <= rise <= num_bytes * 3 / 2:
+        return f"{num_bytes} bytes were allocated, and the peak rose by {rise}"
+    if left > num_bytes / 2:
+        return f"{num_bytes} bytes were freed and the peak reset, and it is still {left} above the start"
     return None
 
 
@@ -133,10 +133,14 @@ def _check_memory(subject: Subject) -> str:
     total = memory.total_bytes()
     if total == 0 and device.type == HOST.type:
         raise CheckSkipped("this system does not say how much memory there is")
+    held, num_bytes = [], BLOCK
     for _ in range(MEMORY_ATTEMPTS):
-        problem = _memory_problem(subject)
+        problem = _memory_problem(subject, num_bytes)
         if problem is None:
             break
+        # A process that has freed much may find the next block there: fill such a place, and ask for more.
+        held.append(torch.ones(num_bytes, dtype=torch.uint8, device=device))
+        num_bytes *= 2
     if problem is not None:
         raise CheckFailed(problem)
     if not memory.peak_bytes() <= total:

@@ -41,8 +41,8 @@ SPEC = ModelSpec(TEXT, VISION)
 SMALL = 1e-3
 """Every weight; of zeros DoRA would divide by their norms."""
 
-STEP, STEPS = "one step", 4
-"""What a real step is called in a trace, and how many are measured."""
+STEP = "one step"
+"""What a real step is called in a trace."""
 
 
 def run_config(**sections: dict[str, Any]) -> RunConfig:
@@ -81,7 +81,7 @@ class Measured:
     sent: dict[str, int]
 
 
-def measure(config: RunConfig, spec: ModelSpec, processes: Processes) -> Measured:
+def measure(config: RunConfig, spec: ModelSpec, processes: Processes, num_steps: int = 2) -> Measured:
     """Real steps of this process: the first has no optimizer state yet.
 
     All that the simulation passes through is real here: weights, samples, kernels, exchanges.
@@ -92,13 +92,13 @@ def measure(config: RunConfig, spec: ModelSpec, processes: Processes) -> Measure
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         engine = real_engine(config, spec, layout, processes)
         batch = real_batch(batch, spec)
-        for _ in range(STEPS):
+        for _ in range(num_steps):
             with record_function(STEP):
                 engine.step([batch] * step.micro_batches, 1.0)
     events = trace_events(profiled)
     names = Counter(NAMES.get(event.get("name", "").removeprefix("c10d::")) for event in events)
     # A pipeline's handshake in the first step is lost in the division.
-    return Measured(steady_peak(events), {kind: names[kind] // STEPS for kind in NAMES.values() if names[kind]})
+    return Measured(steady_peak(events), {kind: names[kind] // num_steps for kind in NAMES.values() if names[kind]})
 
 
 def real_engine(config: RunConfig, spec: ModelSpec, layout: Layout, processes: Processes) -> TorchEngine:
