@@ -21,6 +21,7 @@ from llava_core.backend import (
     Rng,
     World,
 )
+from llava_core.backend.host import available_cores
 from llava_cpu.kernels import KERNELS
 
 THREADS = "OMP_NUM_THREADS"
@@ -115,11 +116,6 @@ class CpuBackend(Backend):
             threads = Diagnosis(threads.subject, False, threads.found, fix)
         bf16 = "multiplied in hardware (AMX)" if has_bf16_matmul() else "emulated: train in fp32"
         return [threads, Diagnosis("cpu bf16", True, bf16)]
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def idle_cores() -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llava_core.preflight.check import Checked
+    from llava_core.preflight.subject import Subject
 
 
 def check(
@@ -31,19 +36,19 @@ def check(
     """
     from rich.console import Console
 
+    from llava_core.backend.host import available_cores
     from llava_core.config import load_config
     from llava_core.plugins import Registry
-    from llava_core.preflight.check import CHECK_FOLDER, check_data
-    from llava_core.preflight.report import print_checked, progress_of_rows
+    from llava_core.preflight.folder import CHECK_FOLDER
+    from llava_core.preflight.report import print_checked
     from llava_core.preflight.subject import Subject
 
     console = Console()
     checked = load_config(config, overrides or [], options={})
     subject = Subject.of(checked, Registry.discover(), world_size)
     folder = checked.output / CHECK_FOLDER if output is None else output
-    num_workers = available_cpus() if workers is None else workers
-    with progress_of_rows(console, subject.num_rows) as on_row:
-        found = check_data(subject, folder, num_workers, on_row)
+    num_workers = available_cores() if workers is None else workers
+    found = check_or_leave(subject, folder, num_workers, console)
     print_checked(found, subject, console)
     if strict and found.num_bad:
         console.print(f"--strict: {found.num_bad:,} bad rows", style="red")
@@ -51,8 +56,16 @@ def check(
         raise typer.Exit(2)
 
 
-def available_cpus() -> int:
-    """How many CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def check_or_leave(subject: Subject, folder: Path, num_workers: int, console: Console) -> Checked:
+    """What a check finds, showing how far it is. Raises typer.Exit where a signal ends it, having said so."""
+    from llava_core.preflight.check import check_data
+    from llava_core.preflight.report import progress_of_rows
+    from llava_core.train.interrupt import Interrupted, raising_on_signals
+
+    with raising_on_signals(), progress_of_rows(console, subject.num_rows) as on_row:
+        try:
+            return check_data(subject, folder, num_workers, on_row)
+        except Interrupted as signal:
+            done = f"{on_row.done:,} of {subject.num_rows:,} rows"
+            typer.echo(f"interrupted after {done}; no report was written", err=True)
+            raise typer.Exit(signal.exit_code) from None

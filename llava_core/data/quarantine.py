@@ -28,12 +28,15 @@ class Quarantine:
         max_fraction: of bad rows among all that were met.
         writes: whether this process is the one that writes.
         remedy: what to do about too many, for the message.
+        rows: what it counts, for the message.
 
     Raises:
         ConfigError: `max_fraction` is not in 0…1.
     """
 
-    def __init__(self, path: Path, max_fraction: float, *, writes: bool = True, remedy: str = REMEDY) -> None:
+    def __init__(
+        self, path: Path, max_fraction: float, *, writes: bool = True, remedy: str = REMEDY, rows: str = "rows"
+    ) -> None:
         if not 0 <= max_fraction <= 1:
             raise ConfigError(f"the largest fraction of bad rows must lie in 0…1, not be {max_fraction}")
         self.path = path
@@ -42,6 +45,7 @@ class Quarantine:
         self.reasons: Counter[str] = Counter()
         self.writes = writes
         self.remedy = remedy
+        self.rows = rows
         self._listed = _read_listed(path) if writes else set()
 
     @property
@@ -74,12 +78,12 @@ class Quarantine:
             TrainingError: the fraction of bad rows exceeds `max_fraction`, and they are at least MIN_BAD_ROWS.
         """
         bad, met = self.num_bad, self.num_bad + self.num_good
-        if bad <= self.max_fraction * met or (bad < MIN_BAD_ROWS and self.max_fraction > 0):
+        if not too_many(bad, met, self.max_fraction):
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         raise TrainingError(
-            f"{bad} of {met} rows ({bad / met:.1%}) cannot be used, the limit is {self.max_fraction:.1%}: {reasons}. "
-            f"They are listed in {self.path}; {self.remedy}"
+            f"{bad} of {met} {self.rows} ({bad / met:.1%}) cannot be used, the limit is {self.max_fraction:.1%}: "
+            f"{reasons}. They are listed in {self.path}; {self.remedy}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,6 +94,11 @@ class Quarantine:
         """Goes on counting from a checkpoint. What is listed in the file stays listed."""
         self.num_good = state["num_good"]
         self.reasons = Counter(state["reasons"])
+
+
+def too_many(num_bad: int, num_met: int, max_fraction: float) -> bool:
+    """Whether so many bad rows of all that were met stop a run."""
+    return num_bad > max_fraction * num_met and (num_bad >= MIN_BAD_ROWS or max_fraction == 0)
 
 
 def _read_listed(path: Path) -> set[tuple[int, int, str]]:

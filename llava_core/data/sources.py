@@ -45,18 +45,21 @@ class Place(NamedTuple):
 class Sources:
     """Sources one after the other.
 
+    Args:
+        name: of them together, for the message.
+
     Raises:
         DataError: a source without rows.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], name: str = "the data") -> None:
         self.sources = tuple(sources)
         self.lengths = tuple(source.num_rows for source in sources)
         if not all(self.lengths):
             number = self.lengths.index(0)
             path = self.sources[number].reader.fingerprint.get("path", "")
             raise DataError(
-                f"source {number} of the data, {path}, has no rows; check that it is the file you mean and was written "
+                f"source {number} of {name}, {path}, has no rows; check that it is the file you mean and was written "
                 "to its end"
             )
         self._starts = [0, *accumulate(self.lengths)]

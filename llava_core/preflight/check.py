@@ -18,22 +18,16 @@ from llava_core.data.loader import StepLoader
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers.index import IntArray
 from llava_core.data.records import Row
-from llava_core.errors import ConfigError
 from llava_core.preflight.epoch import Epoch, EpochReplay
+from llava_core.preflight.folder import BAD_ROWS, BAD_VALIDATION_ROWS, PICTURE, REPORT, replacing
+from llava_core.preflight.foresight import Foresight, Rows, foresee
 from llava_core.preflight.measure import RowMeasurer
 from llava_core.preflight.picture import plot_lengths
 from llava_core.preflight.subject import Subject
-from llava_core.preflight.summary import data_summary, epoch_summary, rows_of_repeated
+from llava_core.preflight.summary import data_summary, epoch_summary, foresight_summary, rows_of_repeated
 from llava_core.preflight.tally import Tally
-from llava_core.train.checks import check_output
 from llava_core.train.data import largest_micro_batch
-from llava_core.train.validation import QUARANTINE_FILE
 
-CHECK_FOLDER = "check"
-"""Where in a run's folder its data's check is written; a run reads nothing there."""
-
-REPORT, BAD_ROWS, PICTURE = "check.json", "quarantine.jsonl", "lengths.png"
-OF_A_RUN = ("config.yaml", "checkpoints")
 MAX_LISTED = 20
 """Ids of several rows, and rows of such an id, that the report names."""
 
@@ -65,7 +59,7 @@ class Checked:
 
 def check_data(subject: Subject, folder: Path, num_workers: int, on_row: Callable[[], None]) -> Checked:
     """Measure every row and write `check.json`, `quarantine.jsonl` and `lengths.png` into the folder, and of bad rows
-    that are validated on `validation-quarantine.jsonl`.
+    that are validated on `validation-quarantine.jsonl`. What an older check wrote there is replaced in the end.
 
     The files are the same for any number of workers.
 
@@ -73,56 +67,59 @@ def check_data(subject: Subject, folder: Path, num_workers: int, on_row: Callabl
         on_row: called after each row.
 
     Raises:
-        ConfigError: the folder is a run's own, or cannot be written to.
+        ConfigError: the folder is a run's own, holds such files of another origin, or cannot be written to.
         DataError: the data changed meanwhile.
         TrainingError: a worker was killed.
     """
     config, loader = subject.config, subject.loader
-    _empty(folder)
-    rows = np.arange(len(loader.builder.sources))
-    tallies = _measured(loader, rows, _listed(config, folder / BAD_ROWS), num_workers, on_row)
-    whole = Tally.joined(tallies)
-    epoch = _replayed(subject, loader, whole, loader.order(0))
-    trained_on = _described(loader, tallies, whole)
-    problems = _problems(trained_on, epoch, config.data, "its first epoch")
-    validated_on = None
-    if subject.validation is not None:
-        validated_on, more = _validation(subject, subject.validation, folder, num_workers, on_row)
-        problems += [f"validation: {problem}" for problem in more]
-    report = {
-        "problems": problems,
-        "settings": _settings(config),
-        **trained_on,
-        "epoch": epoch_summary(epoch, subject.num_shares),
-        "repeated_ids": _repeated_ids(loader, whole),
-        "validation": validated_on,
-    }
-    (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    plot_lengths(folder / PICTURE, whole, config.data.max_length)
-    examples = tuple(_first_example(loader, number, tally) for number, tally in enumerate(tallies))
+    with replacing(folder) as files:
+        rows = np.arange(len(loader.builder.sources))
+        tallies = _measured(loader, rows, _listed(config, files / BAD_ROWS), num_workers, on_row)
+        whole = Tally.joined(tallies)
+        problems, report = _training(subject, tallies, whole)
+        validated_on = None
+        if subject.validation is not None:
+            listed = _listed(config, files / BAD_VALIDATION_ROWS)
+            more, validated_on = _validation(subject, subject.validation, listed, num_workers, on_row)
+            problems += [f"validation: {problem}" for problem in more]
+        report = {"problems": problems, "settings": _settings(config), **report, "validation": validated_on}
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        (files / REPORT).write_text(text, encoding="utf-8")
+        plot_lengths(files / PICTURE, whole, config.data.max_length)
+        examples = tuple(_first_example(loader, number, tally) for number, tally in enumerate(tallies))
     return Checked(report, tuple(problems), examples, folder)
 
 
-def _validation(
-    subject: Subject, loader: StepLoader, folder: Path, num_workers: int, on_row: Callable[[], None]
-) -> tuple[dict[str, Any], list[str]]:
-    """What the rows are that are validated on, which may be some of their data alone; and what would stop the run."""
-    config, rows = subject.config, loader.order(0)
-    tallies = _measured(loader, rows, _listed(config, folder / QUARANTINE_FILE), num_workers, on_row)
-    whole = Tally.joined(tallies)
+def _training(subject: Subject, tallies: Sequence[Tally], whole: Tally) -> tuple[list[str], dict[str, Any]]:
+    """What would stop the run, and what its rows are."""
+    config, loader = subject.config, subject.loader
     described = _described(loader, tallies, whole)
-    replayed = _replayed(subject, loader, whole, np.arange(len(rows)))  # of the rows that were measured, all in order
-    return described, _problems(described, replayed, config.data, "the validation")
+    epoch = _replayed(subject, loader, whole, loader.order(0))
+    foresight = _foreseen(loader, whole, loader.order, config, subject.is_over)
+    stop, where = foresight.stop, None
+    if stop is not None:
+        where = f"step {stop.step:,}, in epoch {stop.epoch}"
+    report = {
+        **described,
+        "epoch": epoch_summary(epoch, subject.num_shares),
+        "run": foresight_summary(foresight),
+        "repeated_ids": _repeated_ids(loader, whole),
+    }
+    return _problems(described, epoch, config.data, where), report
 
 
-def _empty(folder: Path) -> None:
-    """A folder that holds no older check. Raises ConfigError."""
-    if any((folder / name).exists() for name in OF_A_RUN):
-        raise ConfigError(f"--output {folder} is a run's own folder, whose files a check would replace: name another.")
-    check_output(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (REPORT, BAD_ROWS, QUARANTINE_FILE, PICTURE):
-        (folder / name).unlink(missing_ok=True)
+def _validation(
+    subject: Subject, loader: StepLoader, listed: Quarantine, num_workers: int, on_row: Callable[[], None]
+) -> tuple[list[str], dict[str, Any]]:
+    """What of the rows that are validated on would stop the run, and what they are; they may be some of their data."""
+    config, rows = subject.config, loader.order(0)
+    tallies = _measured(loader, rows, listed, num_workers, on_row)
+    whole, in_order = Tally.joined(tallies), np.arange(len(rows))  # of the rows that were measured
+    described = _described(loader, tallies, whole)
+    replayed = _replayed(subject, loader, whole, in_order)
+    stop = _foreseen(loader, whole, lambda _: in_order, config, lambda steps, _: steps >= replayed.steps).stop
+    where = f"step {stop.step:,} of the validation" if stop is not None else None
+    return _problems(described, replayed, config.data, where), described
 
 
 def _listed(config: RunConfig, path: Path) -> Quarantine:
@@ -149,7 +146,19 @@ def _replayed(subject: Subject, loader: StepLoader, whole: Tally, rows: IntArray
     most = largest_micro_batch(subject.config)
     lengths = whole.samples[:, 0]
     replay = EpochReplay(whole.num_samples_of_rows, lengths, loader.batching, subject.num_shares, most)
-    return replay.run(rows, Quarantine(Path(BAD_ROWS), subject.config.data.max_bad_fraction, writes=False))
+    return replay.run(rows)
+
+
+def _foreseen(
+    loader: StepLoader,
+    whole: Tally,
+    order: Callable[[int], IntArray],
+    config: RunConfig,
+    is_over: Callable[[int, int], bool],
+) -> Foresight:
+    """Where the run's steps, of these of the rows that were measured, would stop for bad ones."""
+    rows = Rows.of(whole.num_samples_of_rows, whole.samples[:, 0])
+    return foresee(rows, order, loader.batching.global_size, config.data.max_bad_fraction, is_over)
 
 
 def _described(loader: StepLoader, tallies: Sequence[Tally], whole: Tally) -> dict[str, Any]:
@@ -170,15 +179,15 @@ def _described(loader: StepLoader, tallies: Sequence[Tally], whole: Tally) -> di
     }
 
 
-def _problems(summary: dict[str, Any], epoch: Epoch, data: DataConfig, where: str) -> list[str]:
-    """What would keep a run from going through these rows; `where` is what it does then."""
+def _problems(summary: dict[str, Any], epoch: Epoch, data: DataConfig, stops_in: str | None) -> list[str]:
+    """What would keep a run from going through these rows; `stops_in` is where its bad ones stop it, if they do."""
     rows, found = summary["rows"], []
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in rows["reasons"].items())
-    if epoch.stopped is not None:
+    if stops_in is not None:
         found.append(
             f"{rows['bad']:,} of {rows['total']:,} rows cannot be used ({reasons}), and data.max_bad_fraction is "
-            f"{data.max_bad_fraction:g}: a run would stop in step {epoch.stopped:,} of {where}. Mend or remove the "
-            "rows, or raise the limit."
+            f"{data.max_bad_fraction:g}: a run would stop in {stops_in}. Mend or remove the rows, or raise the "
+            "limit."
         )
     if not epoch.samples:
         dropped = summary["overlong"]["rows_dropped"]

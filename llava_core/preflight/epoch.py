@@ -1,4 +1,4 @@
-"""How a run's first epoch would go: its micro-batches, and whether its bad rows would stop it."""
+"""The micro-batches of a run's first epoch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_core.data.loader import Batching
-from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers.index import IntArray
 from llava_core.data.share import Share
-from llava_core.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,6 @@ class Epoch:
         num_positions: what is computed: those and the padding.
         num_micro_batches: those without samples included, which keep processes in step.
         room: tokens that the micro-batches could hold.
-        stopped: the step, from 1, after which a run would stop for its bad rows; None if it would go on.
     """
 
     steps: int
@@ -31,7 +28,6 @@ class Epoch:
     num_positions: int
     num_micro_batches: int
     room: int
-    stopped: int | None
 
 
 class EpochReplay:
@@ -47,18 +43,16 @@ class EpochReplay:
     def __init__(
         self, num_samples_of_rows: IntArray, lengths: IntArray, batching: Batching, num_shares: int, most_tokens: int
     ) -> None:
-        self._is_bad = num_samples_of_rows < 0
         self._counts = np.maximum(num_samples_of_rows, 0)
         self._starts = np.cumsum(self._counts) - self._counts
         self._lengths = lengths
         self._batching, self._num_shares, self._most_tokens = batching, num_shares, most_tokens
 
-    def run(self, rows: IntArray, quarantine: Quarantine) -> Epoch:
-        """The epoch of these rows, in their order; the quarantine counts them."""
+    def run(self, rows: IntArray) -> Epoch:
+        """The epoch of these rows, in their order."""
         size, chunk = self._batching.global_size, self._batching.chunk
         shares = [Share(i, self._num_shares).of(len(rows), size, chunk) for i in range(self._num_shares)]
         samples = tokens = positions = num_batches = 0
-        stopped = None
         for start in range(0, len(rows), size):
             step = slice(start, start + size)
             lengths = [self._lengths_of(rows[step][share[step]]) for share in shares]
@@ -67,10 +61,8 @@ class EpochReplay:
             tokens += sum(map(sum, lengths))
             positions += step_positions
             num_batches += step_batches
-            if stopped is None and self._stops(rows[step], quarantine):
-                stopped = start // size + 1
         steps = -(-len(rows) // size)
-        return Epoch(steps, samples, tokens, positions, num_batches, num_batches * self._most_tokens, stopped)
+        return Epoch(steps, samples, tokens, positions, num_batches, num_batches * self._most_tokens)
 
     def _lengths_of(self, rows: IntArray) -> list[int]:
         """Of the samples of these rows."""
@@ -92,14 +84,3 @@ class EpochReplay:
         )
         fillers = each * len(groups) - sum(map(len, groups))
         return positions + fillers * batching.filler_positions, each * len(groups)
-
-    def _stops(self, rows: IntArray, quarantine: Quarantine) -> bool:
-        """Whether a run stops after the step of these rows."""
-        quarantine.add_good(int((~self._is_bad[rows]).sum()))
-        for row in rows[self._is_bad[rows]]:
-            quarantine.add("", int(row), "unusable", "")
-        try:
-            quarantine.check()
-        except TrainingError:
-            return True
-        return False

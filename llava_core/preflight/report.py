@@ -15,6 +15,7 @@ from rich.text import Text
 
 from llava_core.data.tokens import render_supervised
 from llava_core.preflight.check import Checked
+from llava_core.preflight.foresight import MOST_EPOCHS
 from llava_core.preflight.subject import Subject
 
 LINES = 10
@@ -40,6 +41,8 @@ def print_checked(checked: Checked, subject: Subject, console: Console) -> None:
         console.print(_data_table(validated_on, "validation", max_length))
     listed = ", with a list of the bad rows" if checked.num_bad else ""
     console.print(f"written to {checked.folder}{listed}", markup=False, soft_wrap=True)
+    if not checked.report["run"]["whole"]:
+        console.print(f"whether its bad rows stop a run was looked at for its first {MOST_EPOCHS} epochs")
     for problem in checked.problems:
         console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
 
@@ -124,9 +127,31 @@ def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "–"
 
 
+class RowProgress:
+    """Called after each row: it moves a bar or, where the output is no terminal, prints a line now and then.
+
+    Attributes:
+        done: how many rows were.
+    """
+
+    def __init__(self, console: Console, progress: Progress, total: int) -> None:
+        self.done = 0
+        self._console, self._progress, self._total = console, progress, total
+        self._task = progress.add_task("rows", total=total)
+
+    def __call__(self) -> None:
+        self.done += 1
+        self._progress.update(self._task, completed=self.done)
+        if not self._console.is_terminal and self._lines(self.done) > self._lines(self.done - 1):
+            self._console.print(f"{self.done:,} of {self._total:,} rows")
+
+    def _lines(self, done: int) -> int:
+        return done * LINES // self._total
+
+
 @contextmanager
-def progress_of_rows(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    """What to call after each row: it moves a bar or, where the output is no terminal, prints a line now and then."""
+def progress_of_rows(console: Console, total: int) -> Iterator[RowProgress]:
+    """What to call after each of so many rows."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -135,14 +160,4 @@ def progress_of_rows(console: Console, total: int) -> Iterator[Callable[[], None
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("rows", total=total)
-        done = 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            progress.update(task, completed=done)
-            if not console.is_terminal and done * LINES // total > (done - 1) * LINES // total:
-                console.print(f"{done:,} of {total:,} rows")
-
-        yield advance
+        yield RowProgress(console, progress, total)

@@ -14,6 +14,7 @@ from llava_core.plugins import Registry
 from llava_core.train.checks import check_data_settings, check_paths, check_shares
 from llava_core.train.prepare import open_folders
 from llava_core.train.run_data import build_data
+from llava_core.train.schedule import Schedule, build_schedule
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Subject:
         loader: of what the run trains on, its own; it writes nothing.
         validation: of what it validates on, if anything.
         num_shares: data-parallel processes.
+        schedule: of the run, which says when it ends.
     """
 
     config: RunConfig
@@ -31,12 +33,17 @@ class Subject:
     loader: StepLoader
     validation: StepLoader | None
     num_shares: int
+    schedule: Schedule
 
     @property
     def num_rows(self) -> int:
         """How many rows are to be checked."""
         num_validated = 0 if self.validation is None else self.validation.num_rows
         return len(self.loader.builder.sources) + num_validated
+
+    def is_over(self, steps: int, tokens: int) -> bool:
+        """Whether the run ends after so many steps, which had so many tokens."""
+        return (steps if self.schedule.unit == "steps" else tokens) >= self.schedule.total
 
     @classmethod
     def of(cls, config: RunConfig, registry: Registry, world_size: int) -> Subject:
@@ -52,4 +59,5 @@ class Subject:
         check_data_settings(config, model.spec)
         data = build_data(config, registry, Processes(), model, Share(writes=False))
         validation = data.validation.loader if data.validation else None
-        return cls(config, data.tokenizer, data.loader, validation, layout.data)
+        schedule = build_schedule(config, data.loader.steps_per_epoch)
+        return cls(config, data.tokenizer, data.loader, validation, layout.data, schedule)

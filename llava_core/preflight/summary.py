@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from llava_core.data.readers.index import IntArray
 from llava_core.preflight.epoch import Epoch
+from llava_core.preflight.foresight import Foresight
 from llava_core.preflight.measure import SampleFacts
 from llava_core.preflight.tally import Tally
 
@@ -18,7 +19,7 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
 def data_summary(tally: Tally, max_length: int, overlong: Collection[str]) -> dict[str, Any]:
-    """Rows, samples, tokens and images.
+    """Rows, samples, tokens and images. A share of nothing is null, as of a source of which no row was looked at.
 
     Args:
         overlong: what becomes of rows that are too long; more than one where data sets differ.
@@ -31,7 +32,7 @@ def data_summary(tally: Tally, max_length: int, overlong: Collection[str]) -> di
             "total": num_rows,
             "usable": num_rows - num_bad,
             "bad": num_bad,
-            "bad_fraction": num_bad / num_rows,
+            "bad_fraction": num_bad / num_rows if num_rows else None,
             "reasons": _sorted(tally.reasons),
             **id_counts(tally.keys),
         },
@@ -73,6 +74,12 @@ def epoch_summary(epoch: Epoch, num_shares: int) -> dict[str, Any]:
         "micro_batches": epoch.num_micro_batches,
         "filled_share": epoch.num_tokens / epoch.room if epoch.room else None,
     }
+
+
+def foresight_summary(foresight: Foresight) -> dict[str, Any]:
+    """Where bad rows would stop the run, if anywhere, and whether it was gone through to its end."""
+    stop = foresight.stop
+    return {"stops": None if stop is None else {"epoch": stop.epoch, "step": stop.step}, "whole": foresight.whole}
 
 
 def id_counts(keys: NDArray[np.uint64]) -> dict[str, int]:

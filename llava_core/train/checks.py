@@ -60,17 +60,17 @@ def _there(path: Path | None) -> bool:
     return path is None or path.exists() or names_a_pair(path)
 
 
-def check_output(folder: Path) -> None:
-    """A run may write into `folder`: it is one, or can be made.
+def check_output(folder: Path, given: str = "output =") -> None:
+    """One may write into `folder`: it is one, or can be made. `given` is how the user names it.
 
     Raises:
         ConfigError: it is not, and why.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise ConfigError(f"output = {folder}: {existing} is not a folder; name another output.")
+        raise ConfigError(f"{given} {folder}: {existing} is not a folder; name another output.")
     if not os.access(existing, os.W_OK):
-        raise ConfigError(f"output = {folder}: {existing} cannot be written to; name another output.")
+        raise ConfigError(f"{given} {folder}: {existing} cannot be written to; name another output.")
 
 
 def check_trackers(config: RunConfig, registry: Registry) -> None:

@@ -133,13 +133,16 @@ def build_loader(
     return StepLoader(builder, order, mixture.num_rows, batching, quarantine, data.num_workers, share)
 
 
-def build_sources(data: DataConfig, readers: Sequence[Reader], templates: Templates, *, multimodal: bool) -> Sources:
-    """The data sets with all of their rows. Raises DataError for one without any."""
+def build_sources(
+    data: DataConfig, readers: Sequence[Reader], templates: Templates, *, multimodal: bool, name: str = "the data"
+) -> Sources:
+    """The data sets with all of their rows; `name` is for messages. Raises DataError for one without any."""
     return Sources(
         [
             Source(reader, template, ImageStore(given.images, data.max_image_pixels) if multimodal else None)
             for reader, template, given in zip(readers, templates.by_source, data.inputs, strict=True)
-        ]
+        ],
+        name,
     )
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a run: finish the step, save once, leave."""
+"""SIGINT and SIGTERM: a run finishes its step, saves once and leaves; what has nothing to save leaves at once."""
 
 from __future__ import annotations
 
@@ -44,9 +44,38 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def note(number: int, _: FrameType | None) -> None:
         request.signal = request.signal or signal.Signals(number)
 
-    previous = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
+    with _handled(note):
         yield request
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to stop.
+
+    Attributes:
+        exit_code: as `StopRequest.exit_code`.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """Turns SIGINT and SIGTERM into Interrupted, so that what is half written can be removed. In the main thread."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with _handled(leave):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -121,17 +121,18 @@ def build_validation(
         own = config.model_copy(update={"data": validation_data(config.data, settings, templates)})
         readers = open_readers(own, registry, processes)
         found = find_templates(own.data, readers, registry, builder.tokenizer, model)
-        sources = build_sources(own.data, readers, found, multimodal=builder.images is not None)
+        multimodal = builder.images is not None
+        sources = build_sources(own.data, readers, found, multimodal=multimodal, name="the validation data")
     else:
         sources = held_out(builder.sources, settings.fraction)
     rows = spread_rows(len(sources), settings.max_samples)
-    path, share = config.output / QUARANTINE_FILE, training.share
+    path, share, counted = config.output / QUARANTINE_FILE, training.share, "rows of the validation data"
     loader = StepLoader(
         replace(builder, sources=sources),
         lambda _: rows,
         len(rows),
         training.batching,
-        Quarantine(path, config.data.max_bad_fraction, writes=share.writes),
+        Quarantine(path, config.data.max_bad_fraction, writes=share.writes, rows=counted),
         training.num_workers,
         share,
     )

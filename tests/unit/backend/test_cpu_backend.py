@@ -10,8 +10,9 @@ import torch
 from torch import distributed
 
 from llava_core.backend import World
+from llava_core.backend.host import available_cores
 from llava_cpu import backend as module
-from llava_cpu.backend import CpuBackend, available_cores, given_threads, idle_cores
+from llava_cpu.backend import CpuBackend, given_threads, idle_cores
 
 
 def test_it_is_always_available() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
 
+from llava_core.preflight.report import RowProgress
 from llava_core.testing.datasets import TinyParts, tiny_parts
 from tests.unit.cli.support import run
 
@@ -49,9 +52,37 @@ def test_strict_takes_no_bad_row(capsys, config: Path, tmp_path: Path) -> None:
 
 
 def test_what_would_stop_a_run_ends_with_2(capsys, config: Path) -> None:
-    done = run(capsys, "data", "check", config, "data.max_bad_fraction=0", "--workers", "0")
+    """Not the run's one step, which has no bad row."""
+    given = (config, "data.max_bad_fraction=0", "--workers", "0")
+    assert run(capsys, "data", "check", *given).code == 0
+    done = run(capsys, "data", "check", *given, "train.max_steps=5")
     assert done.code == 2
     assert "problem: 1 of 36 rows cannot be used (1 missing_image)" in done.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_a_word_and_no_file(
+    capsys, monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    advance = RowProgress.__call__
+
+    def advance_and_signal(progress: RowProgress) -> None:
+        advance(progress)
+        if progress.done == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(RowProgress, "__call__", advance_and_signal)
+    done = run(capsys, "data", "check", config, "--workers", "0", "--output", tmp_path / "found")
+    assert done.code == 128 + number
+    assert done.err == "interrupted after 5 of 36 rows; no report was written\n"
+    assert list((tmp_path / "found").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "a" * 300])
+def test_a_folder_that_cannot_be_is_named_by_its_option(capsys, config: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    done = run(capsys, "data", "check", config, "--workers", "0", "--output", tmp_path / name)
+    assert (done.code, f"error: --output {tmp_path / name}: " in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize(

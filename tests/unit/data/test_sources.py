@@ -223,3 +223,5 @@ def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match=r"source 0 of the data, .*a\.txt, has no rows; check"):
         Sources([Source(Empty(tmp_path / "a.txt"), TEXT)])
+    with pytest.raises(DataError, match="source 0 of the validation data, "):
+        Sources([Source(Empty(tmp_path / "a.txt"), TEXT)], "the validation data")

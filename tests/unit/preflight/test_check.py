@@ -11,20 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from llava_core.config import RunConfig
-from llava_core.config.data_sets import ValidationConfig
+from llava_core.config.data_sets import SourceConfig, ValidationConfig
 from llava_core.data.batch import Counts
 from llava_core.data.loader import StepLoader
 from llava_core.data.quarantine import Quarantine
-from llava_core.errors import ConfigError
+from llava_core.errors import ConfigError, TrainingError
 from llava_core.plugins import Registry
 from llava_core.preflight.check import Checked, check_data
+from llava_core.preflight.folder import PARTIAL
 from llava_core.preflight.measure import RowFacts, SampleFacts
+from llava_core.preflight.report import print_checked
 from llava_core.preflight.subject import Subject
 from llava_core.preflight.summary import distribution, rows_of_repeated
 from llava_core.preflight.tally import Tally
 from llava_core.testing.datasets import TinyParts
+from llava_core.train.interrupt import Interrupted
 from tests.unit.preflight.conftest import BAD, settings
 
 
@@ -110,7 +114,7 @@ def test_few_bad_rows_are_no_problem_and_more_are(parts: TinyParts, tmp_path: Pa
     config = settings(parts, tmp_path / "run", data={"path": str(tmp_path / "data.json"), "order": "sequential"})
     (problem,) = checked(config, tmp_path / "many").problems
     assert "17 of 40 rows cannot be used (13 malformed_row, 1 broken_image" in problem
-    assert "in step 4 of its first epoch" in problem  # rows 24 to 31: the tenth bad one is row 24
+    assert "in step 4, in epoch 1." in problem  # rows 24 to 31: the tenth bad one is row 24
 
 
 def test_data_without_a_sample_is_a_problem(parts: TinyParts, tmp_path: Path) -> None:
@@ -171,6 +175,29 @@ def test_validation_data_that_would_stop_a_run_is_a_problem(parts: TinyParts, tm
     assert empty == "validation: no row becomes a sample: 11 malformed_row."
 
 
+def test_a_validation_source_of_which_no_row_is_taken_has_no_share_of_bad_ones(
+    parts: TinyParts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("a blue line\n" * 3)
+    sources = tuple(SourceConfig(path=path) for path in (parts.data, tmp_path / "a.txt"))
+    config = with_validation(settings(parts, tmp_path / "run"), sources=sources, max_samples=1)
+    found = checked(config, tmp_path / "check")
+    first, second = found.report["validation"]["sources"]
+    assert (first["rows"]["bad_fraction"], second["rows"]["bad_fraction"]) == (0, None)
+    assert second["rows"]["total"] == 0
+    print_checked(found, Subject.of(config, Registry.discover(), 1), Console(width=200))
+    assert "a.txt" in capsys.readouterr().out
+
+
+def test_what_is_said_of_validation_rows_says_so(parts: TinyParts, tmp_path: Path) -> None:
+    (tmp_path / "void.jsonl").write_text('{"id": "a"}\n' * 11)
+    config = with_validation(settings(parts, tmp_path / "run"), path=tmp_path / "void.jsonl")
+    validation = Subject.of(config, Registry.discover(), 1).validation
+    assert validation is not None
+    with pytest.raises(TrainingError, match="11 of 11 rows of the validation data "):
+        list(validation.from_start())
+
+
 def with_validation(config: RunConfig, **given: Any) -> RunConfig:
     return config.model_copy(update={"validation": ValidationConfig(**given)})
 
@@ -181,6 +208,40 @@ def test_a_runs_own_folder_is_refused_and_left(parts: TinyParts, tmp_path: Path)
     with pytest.raises(ConfigError, match="is a run's own folder"):
         checked(settings(parts, tmp_path / "run"), tmp_path)
     assert (tmp_path / "quarantine.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("content", ['{"checks": []}', "[", '["problems", "settings", "sources", "repeated_ids"]'])
+def test_files_that_no_check_wrote_are_refused_and_left(parts: TinyParts, tmp_path: Path, content: str) -> None:
+    (tmp_path / "check.json").write_text(content)
+    (tmp_path / "lengths.png").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"holds lengths\.png, check\.json, which a check would replace"):
+        checked(settings(parts, tmp_path / "run"), tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    assert ((tmp_path / "check.json").read_text(), (tmp_path / "lengths.png").read_text()) == (content, "mine")
+
+
+def test_what_a_check_that_was_cut_off_wrote_vanishes_and_an_older_one_stays(parts: TinyParts, tmp_path: Path) -> None:
+    folder, rows = tmp_path / "check", 0
+
+    def fail_late() -> None:
+        nonlocal rows
+        rows += 1
+        if rows == 30:
+            raise Interrupted(15)
+
+    config = settings(parts, tmp_path / "run")
+    with pytest.raises(Interrupted):
+        check_data(Subject.of(config, Registry.discover(), 1), folder, 0, fail_late)
+    assert list(folder.iterdir()) == []
+    checked(config, folder)
+    before, rows = {path.name: path.read_bytes() for path in folder.iterdir()}, 0
+    with pytest.raises(Interrupted):
+        check_data(Subject.of(config, Registry.discover(), 1), folder, 0, fail_late)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / PARTIAL).mkdir()  # one that was killed
+    assert checked(config, folder).problems == ()
+    assert {path.name for path in folder.iterdir()} == before.keys()
 
 
 def test_percentiles_are_values_that_occur() -> None:

@@ -8,17 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from llava_core.config import RunConfig
-from llava_core.data.loader import Batching, Step, StepLoader
+from llava_core.data.loader import Step, StepLoader
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.share import Share
-from llava_core.errors import TrainingError
 from llava_core.plugins import Registry
 from llava_core.preflight.check import check_data
-from llava_core.preflight.epoch import EpochReplay
 from llava_core.preflight.subject import Subject
 from llava_core.testing.datasets import TinyParts
 from tests.unit.preflight.conftest import settings
@@ -91,26 +88,3 @@ def assert_as_loader(config: RunConfig, folder: Path, world_size: int) -> None:
     assert epoch["samples"] == sum(count.samples for count in counts)
     assert epoch["tokens"] == sum(count.tokens for count in counts)
     assert epoch["real_share"] == epoch["tokens"] / epoch["computed_tokens"]
-
-
-@pytest.mark.parametrize("limit", [0.0, 0.2, 0.5])
-def test_it_stops_where_a_run_would(tmp_path: Path, limit: float) -> None:
-    """Fifteen bad rows in the second quarter of 80: what the quarantine says step by step, counted by hand."""
-    counts = np.ones(80, dtype=np.int64)
-    counts[20:35] = -1
-    replay = EpochReplay(counts, np.full(65, 5), Batching(4, 16, None, 0, 1), 1, 16)
-    stopped = replay.run(np.arange(80), Quarantine(tmp_path / "q", limit, writes=False)).stopped
-    quarantine, expected = Quarantine(tmp_path / "q", limit, writes=False), None
-    for step in range(20):
-        for row in range(4 * step, 4 * step + 4):
-            if 20 <= row < 35:
-                quarantine.add(str(row), row, "broken_image", "")
-            else:
-                quarantine.add_good()
-        try:
-            quarantine.check()
-        except TrainingError:
-            expected = step + 1
-            break
-    # By hand: 0 stops at the first bad row, in step 6; of 32 rows 12 are bad, which is 0.375, and ten at least.
-    assert stopped == expected == {0.0: 6, 0.2: 8, 0.5: None}[limit]
