@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -99,7 +100,7 @@ def webdataset_target(source: Path, images: Path | None) -> Target:
     from llava_core.data.prepare.webdataset import WebdatasetTarget
 
     max_pixels = DataConfig.model_fields["max_image_pixels"].default
-    return WebdatasetTarget(source.stem, ImageStore(images, max_pixels))
+    return WebdatasetTarget(data_name(source), ImageStore(images, max_pixels))
 
 
 def token_target(
@@ -119,11 +120,21 @@ def token_target(
     tokenizer = load_tokenizer(folder)
     name, opened = chosen_template(template, reader, tokenizer, folder, registry)
     if kind == "megatron":
-        return DocumentsTarget(TokensTarget(tokenizer, opened, name, takes_images=False), source.stem)
+        return DocumentsTarget(TokensTarget(tokenizer, opened, name, takes_images=False), data_name(source))
     if kind == "megatron_sft":
         rows = TokensTarget(tokenizer, opened, name, takes_images=False, max_length=max_length)
-        return ConversationsTarget(rows, source.stem, max_length, pad_token_id(tokenizer, len(tokenizer)))
+        return ConversationsTarget(rows, data_name(source), max_length, pad_token_id(tokenizer, len(tokenizer)))
     return TokensTarget(tokenizer, opened, name)
+
+
+def data_name(source: Path) -> str:
+    """What a data set is called, for the names of files. Raises ConfigError where it has no name."""
+    from llava_core.errors import ConfigError
+
+    name = Path(os.path.abspath(source)).stem  # "." has none before
+    if not name:
+        raise ConfigError(f"SOURCE = {source} has no name to call files by: name a file or a folder.")
+    return name
 
 
 def chosen_template(

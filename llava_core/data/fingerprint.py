@@ -35,11 +35,16 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[
         "tokenizer.normalizer": _hash(normalizer if is_text else _without_image_rule(normalizer)),
         "tokenizer.pre_tokenizer": _hash(content["pre_tokenizer"]),
         "tokenizer.eos": str(tokenizer.eos_token_id),
+        "tokenizer.split_special_tokens": str(tokenizer.split_special_tokens),
         "template": _hash(repr(replace(template, name="", stop=(), jinja=None, adds_bos=False))),
         "before_a_text": str(tokenizer("")["input_ids"] if template.adds_bos else []),
     }
     if isinstance(template, TokenizerTemplate):
         parts["tokenizer.chat_template"] = _hash(tokenizer.chat_template)
+        written = {
+            name: token for name, token in tokenizer.special_tokens_map.items() if name in str(tokenizer.chat_template)
+        }
+        parts |= {f"tokenizer.{name}": str(token) for name, token in written.items()}
     return parts
 
 

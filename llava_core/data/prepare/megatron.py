@@ -55,7 +55,7 @@ class DocumentsTarget:
         return self.rows.chunks(reader, rows, log, folder)
 
     def finish(self, folder: Path, parts: list[Path]) -> dict[str, FileDigest]:
-        return _write_pair(folder / self.name, id_type(self.rows.tokenizer), partial(_documents, parts))
+        return _write_pair(folder, self.name, id_type(self.rows.tokenizer), partial(_documents, parts))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ConversationsTarget:
 
     def finish(self, folder: Path, parts: list[Path]) -> dict[str, FileDigest]:
         packed = partial(_packed, parts, self.max_length, self.pad_id)
-        return _write_pair(folder / self.name, np.dtype("<i4"), packed)  # an unsigned type has no −100
+        return _write_pair(folder, self.name, np.dtype("<i4"), packed)  # an unsigned type has no −100
 
 
 def _documents(parts: list[Path], lengths: IO[bytes]) -> Iterator[bytes]:
@@ -140,16 +140,16 @@ def _conversations(parts: list[Path]) -> Iterator[tuple[IntArray, np.ndarray[Any
 
 
 def _write_pair(
-    prefix: Path, dtype: np.dtype[Any], ids: Callable[[IO[bytes]], Iterator[bytes]]
+    folder: Path, name: str, dtype: np.dtype[Any], ids: Callable[[IO[bytes]], Iterator[bytes]]
 ) -> dict[str, FileDigest]:
     """The .bin, of what `ids` gives, and the .idx, of the lengths that it tells. Raises DataError if there are none."""
-    with TemporaryFile(dir=prefix.parent) as lengths:
-        files = {f"{prefix.name}.bin": put_file(prefix.with_name(f"{prefix.name}.bin"), ids(lengths))}
+    with TemporaryFile(dir=folder) as lengths:
+        files = {f"{name}.bin": put_file(folder / f"{name}.bin", ids(lengths))}
         count = lengths.tell() // 4
         if not count:
             raise DataError("none of the rows can be used, so that there is nothing to write")
         index = _index(dtype, lengths, count)
-        files[f"{prefix.name}.idx"] = put_file(prefix.with_name(f"{prefix.name}.idx"), index)
+        files[f"{name}.idx"] = put_file(folder / f"{name}.idx", index)
     return files
 
 

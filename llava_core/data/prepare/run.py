@@ -14,6 +14,7 @@ from llava_core.data.prepare.workers import Done, started
 from llava_core.data.prepared import Prepared
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers import Reader
+from llava_core.data.readers.tokens import TokensReader
 from llava_core.durable import FileDigest
 from llava_core.errors import ConfigError, DataError
 
@@ -52,8 +53,8 @@ class Preparation:
         however many processes.
 
         Raises:
-            ConfigError: sizes that mean nothing; an output that holds something else.
-            DataError: a data set that this form has no place for, or that changes meanwhile.
+            ConfigError: sizes that mean nothing; an output that holds something else, or lies in the source.
+            DataError: a data set that this form has no place for, that was tokenised before, or that changes meanwhile.
             TrainingError: more rows than `max_bad_fraction` cannot be used.
         """
         for name in ("part_size", "num_workers"):
@@ -61,6 +62,10 @@ class Preparation:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected at least 1.")
         if not len(self.reader):
             raise DataError(f"{self.source} has no rows; check that it is the file you mean")
+        if isinstance(self.reader, TokensReader):
+            raise DataError(f"{self.source} was prepared as token ids: prepare the data that they were made of")
+        if self.source.is_dir() and self.output.resolve().is_relative_to(self.source.resolve()):
+            raise ConfigError(f"output = {self.output} lies in {self.source}, and would change it: name another.")
         self.target.check(self.reader)
         request = self.request()
         done = finished(self.output, request)
@@ -83,8 +88,8 @@ class Preparation:
             "content": reader.content,
             "usual_overlong": reader.usual_overlong,
             "num_rows": len(reader),
-            "num_bytes": reader.fingerprint["num_bytes"],
-            "files": _facts(self.source),
+            "data": {key: value for key, value in reader.fingerprint.items() if key != "path"},
+            "files": _facts(self.source) if self.source.exists() else None,
         }
         found = {"to": self.kind, "source": source, "settings": self.target.settings, "part_size": self.part_size}
         copied: dict[str, Any] = json.loads(json.dumps(found))  # as it is read again

@@ -113,6 +113,10 @@ def _record(described: Mapping[str, Any], index: int, sequence: TokenSequence) -
     )
 
 
+DTYPES = {"U16": "<u2", "I32": "<i4", "BOOL": "?", "U8": "u1"}
+"""What safetensors calls them."""
+
+
 class _Part:
     """An open file, of which only what is asked for is read."""
 
@@ -125,4 +129,6 @@ class _Part:
         size = values.get_shape()[0]
         if not 0 <= start <= end <= size:  # safetensors raises whatever comes of it
             raise ValueError(f"{bounds} {start} and {end}, of {size}")
+        if start == end:  # which safetensors refuses at the end of a tensor
+            return np.empty(0, dtype=DTYPES[values.get_dtype()])
         return cast("np.ndarray[Any, Any]", values[start:end])

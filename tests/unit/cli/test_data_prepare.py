@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_core.cli.data_prepare import data_name
 from llava_core.config import build_config
 from llava_core.data.readers.megatron import MegatronReader, MegatronSftReader
 from llava_core.errors import ConfigError
@@ -103,6 +104,15 @@ def test_what_cannot_be_honoured_is_named(
     done = run(capsys, "data", "prepare", parts.data, "-o", tmp_path / "out", *arguments)
     assert (done.code, message in done.err) == (2, True), done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_has_a_name_for_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "talks").mkdir()
+    monkeypatch.chdir(tmp_path / "talks")
+    named = [data_name(Path(source)) for source in (".", "../talks/", "../chat.v2.json")]
+    assert named == ["talks", "talks", "chat.v2"]
+    with pytest.raises(ConfigError, match="SOURCE = / has no name to call files by"):
+        data_name(Path("/"))
 
 
 def test_a_template_for_documents_is_for_documents(capsys, parts: TinyParts, tmp_path: Path) -> None:

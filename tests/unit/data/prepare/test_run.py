@@ -15,11 +15,18 @@ from typing import Any
 
 import pytest
 
+from llava_core.data.image_store import ImageStore
+from llava_core.data.overlong import Overlong
+from llava_core.data.prepare.run import Preparation
+from llava_core.data.prepare.webdataset import WebdatasetTarget
 from llava_core.data.prepare.workers import started
+from llava_core.data.readers import Content
 from llava_core.data.readers.llava import LlavaJsonlReader
+from llava_core.data.readers.saved_datasets import SavedDatasetReader
+from llava_core.data.records import Record, Turn
 from llava_core.errors import ConfigError, DataError, TrainingError
 from llava_core.testing.datasets import TinyParts
-from tests.unit.data.prepare.support import BAD_LINES, Data, Quiet, contents, listed, write_lines
+from tests.unit.data.prepare.support import BAD_LINES, Data, Quiet, contents, listed, preparation, write_lines
 
 
 @pytest.fixture
@@ -87,7 +94,7 @@ def test_what_is_there_is_not_made_again(data: Data, tmp_path: Path) -> None:
     [
         (
             lambda data: data.path.write_text(data.path.read_text() + "\n" + BAD_LINES[25]),
-            "source.num_rows: was 36, is 37",
+            "source.num_rows: was 36, is 37(.|\\n)*source.data.num_bytes: was",
         ),
         (lambda data: os.utime(data.path, ns=(1, 1)), "source.files: was"),
     ],
@@ -126,6 +133,55 @@ def test_other_settings_are_refused(data: Data, tmp_path: Path) -> None:
         data.tokens(tmp_path / "out", "llama_2", part_size=6).run(Quiet())
     with pytest.raises(ConfigError, match="to: was 'tokens', is 'webdataset'"):
         data.webdataset(tmp_path / "out").run(Quiet())
+
+
+def test_another_split_of_one_folder_is_other_data(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    source = Path(__file__).parents[3] / "golden/datasets/5.2.0"
+
+    def prepared(split: str) -> Preparation:
+        reader = SavedDatasetReader(source, split=split)
+        target = WebdatasetTarget("rows", ImageStore(None, 10**6))
+        return preparation("webdataset", source, reader, target, tmp_path / "out")
+
+    prepared("train").run(Quiet())
+    with pytest.raises(ConfigError, match="source.data.split: was 'train', is 'test'"):
+        prepared("test").run(Quiet())
+
+
+class Table:
+    """A plugin's reader, of rows that are in no file; its fingerprint says what its author thought of."""
+
+    content: Content = "conversations"
+    usual_overlong: Overlong = "truncate"
+
+    def __init__(self, version: int) -> None:
+        self.fingerprint = {"table": "talks", "version": version}
+
+    def __len__(self) -> int:
+        return 3
+
+    def read(self, index: int) -> Record:
+        return Record(f"row{index}", index, (Turn("human", "Who?"), Turn("assistant", "I.")))
+
+
+def test_a_plugins_reader_of_no_files(tmp_path: Path) -> None:
+    def prepared(version: int) -> Preparation:
+        target = WebdatasetTarget("rows", ImageStore(None, 10**6))
+        return preparation("webdataset", Path("database:talks"), Table(version), target, tmp_path / "out")
+
+    assert prepared(1).run(Quiet()).num_rows == 3
+    with pytest.raises(ConfigError, match="source.data.version: was 1, is 2"):
+        prepared(2).run(Quiet())
+
+
+@pytest.mark.parametrize("name", ["", "out"])
+def test_an_output_in_the_source_is_refused(data: Data, tmp_path: Path, name: str) -> None:
+    source = data.path.parent
+    before = contents(source)
+    with pytest.raises(ConfigError, match="lies in .*, and would change it: name another"):
+        data.tokens(source / name, source=source).run(Quiet())
+    assert contents(source) == before
 
 
 @pytest.mark.parametrize("name", ["out", "out.partial"])

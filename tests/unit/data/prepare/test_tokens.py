@@ -17,9 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from llava_core.data.conversation import Span
 from llava_core.data.documents import TEXT
 from llava_core.data.encoding import compact, expanded
 from llava_core.data.examples import ExampleBuilder
+from llava_core.data.fingerprint import differences, fingerprint
 from llava_core.data.image_side import ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
@@ -44,7 +46,7 @@ from llava_core.testing.tokenizers import LLAMA_3_CHAT_TEMPLATE, train_llama3_to
 from llava_core.weights.export import exported_tokenizer
 from llava_core.weights.tokenizer import load_tokenizer
 from tests.unit.data.prepare.numbers import number_tokenizer
-from tests.unit.data.prepare.support import Data, Quiet, contents, listed, preparation, write_lines
+from tests.unit.data.prepare.support import BAD_LINES, Data, Quiet, contents, listed, preparation, write_lines
 
 STEPS = 10  # two epochs of five
 
@@ -241,6 +243,27 @@ def test_a_tokenizers_own_template_is_part_of_what_it_was_made_with(data: Data, 
         reader.check(tokenizer, tokenizer_template(tokenizer))
 
 
+def test_special_tokens_that_a_tokenizers_own_template_writes(data: Data, tmp_path: Path) -> None:
+    tokenizer = train_llama3_tokenizer(tmp_path / "llama3", ["It is red."] * 20, 300)
+    template = tokenizer_template(tokenizer)
+    before = fingerprint(tokenizer, template)
+    tokenizer.bos_token = "<|end_of_text|>"
+    first = template.render([Turn("human", "What?"), Turn("assistant", "Red.")]).pieces[0]
+    assert isinstance(first, Span)
+    assert first.text.startswith("<|end_of_text|>")
+    changed = differences(before, fingerprint(tokenizer, template))
+    assert changed == ["tokenizer.bos_token: was '<|begin_of_text|>', is '<|end_of_text|>'"]
+
+
+def test_marks_of_special_tokens_that_are_split(data: Data) -> None:
+    tokenizer, v1 = load_tokenizer(data.parts.language), BUILTIN_TEMPLATES["v1"]
+    before, ids = fingerprint(tokenizer, v1), tokenizer("a</s>")["input_ids"]
+    tokenizer.split_special_tokens = True
+    assert tokenizer("a</s>")["input_ids"] != ids
+    changed = differences(before, fingerprint(tokenizer, v1))
+    assert "tokenizer.split_special_tokens: was 'False', is 'True'" in changed
+
+
 def test_an_incomplete_or_foreign_folder_is_refused(data: Data, tmp_path: Path) -> None:
     data.tokens(tmp_path / "out").run(Quiet())
     data.webdataset(tmp_path / "wds").run(Quiet())
@@ -265,6 +288,20 @@ def test_an_incomplete_or_foreign_folder_is_refused(data: Data, tmp_path: Path) 
     (tmp_path / "out/prepared.json").write_text("{")
     with pytest.raises(DataError, match="prepared.json cannot be read"):
         TokensReader(tmp_path / "out")
+
+
+@pytest.mark.parametrize("num_bad", [1, 5], ids=["the last of a part", "all of a part"])
+def test_rows_set_aside_where_a_parts_tokens_end(parts: TinyParts, tmp_path: Path, num_bad: int) -> None:
+    data = write_lines(parts, tmp_path / "data.jsonl", bad=False)
+    lines = data.path.read_text().splitlines()[:10]
+    lines[10 - num_bad :] = [BAD_LINES[25]] * num_bad
+    data.path.write_text("\n".join(lines))
+    data.tokens(tmp_path / "out").run(Quiet())
+    reader = TokensReader(tmp_path / "out")
+    for index in range(10):
+        row = reader.read(index)
+        assert (row.refused is not None) == (index >= 10 - num_bad) == (row.sequence.tokens.size == 0)
+        assert (row.sequence.tokens.dtype, row.sequence.supervised.dtype) == (np.int64, np.bool_)
 
 
 def test_ids_beyond_the_models_vocabulary_are_set_aside(data: Data, tmp_path: Path) -> None:
@@ -298,6 +335,15 @@ def test_tokens_are_not_tokenised_again(data: Data, tmp_path: Path) -> None:
         preparation("tokens", golden.with_suffix(".idx"), MegatronReader(golden), target, tmp_path / "o").run(Quiet())
     assert "o.partial" not in {path.name for path in tmp_path.iterdir()}
     assert contents(tmp_path).keys() == {"data.jsonl"}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "webdataset"])
+def test_what_was_prepared_as_tokens_is_refused_by_name(data: Data, tmp_path: Path, kind: str) -> None:
+    data.tokens(tmp_path / "out").run(Quiet())
+    again = replace(getattr(data, kind)(tmp_path / "again"), source=tmp_path / "out")
+    with pytest.raises(DataError, match="out was prepared as token ids: prepare the data that they were made of"):
+        replace(again, reader=TokensReader(tmp_path / "out")).run(Quiet())
+    assert not (tmp_path / "again.partial").exists()
 
 
 def _copy_with(folder: Path, copy: Path, **settings: Any) -> Path:
