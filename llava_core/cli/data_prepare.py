@@ -113,6 +113,7 @@ def token_target(
     registry: Registry,
 ) -> Target:
     """Rows as the ids of the folder's tokenizer."""
+    from llava_core.data.piece_template import template_file
     from llava_core.data.prepare.megatron import ConversationsTarget, DocumentsTarget
     from llava_core.data.prepare.tokens import TokensTarget
     from llava_core.weights.tokenizer import load_tokenizer, pad_token_id
@@ -124,7 +125,8 @@ def token_target(
     if kind == "megatron_sft":
         rows = TokensTarget(tokenizer, opened, name, takes_images=False, max_length=max_length)
         return ConversationsTarget(rows, data_name(source), max_length, pad_token_id(tokenizer, len(tokenizer)))
-    return TokensTarget(tokenizer, opened, name)
+    file = template_file(name)
+    return TokensTarget(tokenizer, opened, name, None if file is None else file.read_text(encoding="utf-8"))
 
 
 def data_name(source: Path) -> str:

@@ -17,6 +17,8 @@ from llava_core.errors import DataError
 
 MANIFEST = "prepared.json"
 FORMAT = 1
+TEMPLATE_FILE = "template.yaml"
+"""What was in the file that the template of token ids was read from, where it was one."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Part:
 
 
 class Target(Protocol):
-    """A form that data sets can be written in. It is pickled where processes are not forked."""
+    """A form that data sets can be written in."""
 
     @property
     def settings(self) -> Mapping[str, Any]:

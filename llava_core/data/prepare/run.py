@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from llava_core.data.prepare.parts import Part, PartWriter, Target, read_part
 from llava_core.data.prepare.work import Work, finished, opened
-from llava_core.data.prepare.workers import Done, started
+from llava_core.data.prepare.workers import started
 from llava_core.data.prepared import Prepared
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers import Reader
@@ -108,14 +108,11 @@ class Preparation:
         quarantine.check()
         missing = [number for number, part in enumerate(parts) if part is None]
         writer = PartWriter(self.reader, self.target, self.part_size, self._files(work), work.inner)
-        with started(writer, missing, self.num_workers) as events:
+        with started(writer, missing, self.num_workers, watch.advance) as made:
             watch.start(len(self.reader), quarantine.num_bad + quarantine.num_good)
-            for event in events:
-                if isinstance(event, Done):
-                    _count(event.result, quarantine)
-                    quarantine.check()
-                else:
-                    watch.advance(event)
+            for part in made:
+                _count(part, quarantine)
+                quarantine.check()
 
     def _complete(self, work: Work) -> Prepared:
         """Put the parts together. The list of bad rows is written anew, in the rows' order."""

@@ -8,6 +8,7 @@ that it has in the source. `checksums` are of a row's tokens, targets and text.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,8 @@ from llava_core.data.conversation import Template
 from llava_core.data.encoding import compact, conversation_of
 from llava_core.data.fingerprint import fingerprint
 from llava_core.data.overlong import Encoded, truncated
-from llava_core.data.prepare.parts import RowLog
-from llava_core.data.prepared import row_checksum
+from llava_core.data.prepare.parts import RowLog, put_file
+from llava_core.data.prepared import TEMPLATE_FILE, row_checksum
 from llava_core.data.readers import Reader
 from llava_core.data.records import EmbeddedImage, Record, TokenSequence, modality_length
 from llava_core.durable import FileDigest
@@ -45,19 +46,24 @@ class TokensTarget:
     Attributes:
         template_name: how a run may name the template.
         takes_images: whether rows with images can be used.
+        template_text: what is in the file that the template was read from; it is kept for the run.
         max_length: where longer rows, which then have no images, are cut; None leaves that to the run.
     """
 
     tokenizer: Any
     template: Template
     template_name: str
+    template_text: str | None = None
     takes_images: bool = True
     max_length: int | None = None
     parts_are_kept: bool = True
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"template": self.template_name, "made_with": fingerprint(self.tokenizer, self.template)}
+        found = {"template": self.template_name, "made_with": fingerprint(self.tokenizer, self.template)}
+        if self.template_text is None:
+            return found
+        return found | {"template_sha256": hashlib.sha256(self.template_text.encode()).hexdigest()}
 
     def check(self, reader: Reader) -> None:
         if reader.content == "tokens":
@@ -96,7 +102,9 @@ class TokensTarget:
                 yield from blocks(spooled)
 
     def finish(self, folder: Path, parts: list[Path]) -> dict[str, FileDigest]:
-        return {}
+        if self.template_text is None:
+            return {}
+        return {TEMPLATE_FILE: put_file(folder / TEMPLATE_FILE, [self.template_text.encode()])}
 
     def _encode(self, reader: Reader, index: int, log: RowLog) -> tuple[TokenSequence, dict[str, Any]]:
         """A row's tokens, and what else is kept of it."""

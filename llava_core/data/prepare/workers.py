@@ -21,7 +21,7 @@ TOLD_SECONDS = 0.2
 
 
 class Task(Protocol, Generic[R]):
-    """What is done for each number; it is pickled where processes are not forked."""
+    """What is done for each number."""
 
     def __call__(self, number: int, advance: Callable[[int], None]) -> R:
         """The result. `advance` is told how many rows were done since the last call."""
@@ -29,15 +29,17 @@ class Task(Protocol, Generic[R]):
 
 
 class Done(Generic[R]):
-    """A task's result."""
+    """A task's result, on its way here."""
 
     def __init__(self, result: R) -> None:
         self.result = result
 
 
 @contextmanager
-def started(task: Task[R], numbers: Sequence[int], num_workers: int) -> Iterator[Iterator[int | Done[R]]]:
-    """Counts of rows, and the result of each task when it is done, in any order.
+def started(
+    task: Task[R], numbers: Sequence[int], num_workers: int, advance: Callable[[int], None]
+) -> Iterator[Iterator[R]]:
+    """The result of each task when it is done, in any order; meanwhile `advance` is told how many more rows were done.
 
     The processes, if more than one, have started; all are ended on leaving, whatever they are at.
 
@@ -46,9 +48,9 @@ def started(task: Task[R], numbers: Sequence[int], num_workers: int) -> Iterator
         DataError: a process was killed, e.g. for want of memory.
     """
     if num_workers == 1:
-        yield _alone(task, numbers)
+        yield _alone(task, numbers, advance)
         return
-    context = multiprocessing.get_context()
+    context = multiprocessing.get_context("fork")  # a reader's index is shared, not pickled
     processes: dict[Connection, BaseProcess] = {}
     process: BaseProcess
     try:
@@ -58,7 +60,7 @@ def started(task: Task[R], numbers: Sequence[int], num_workers: int) -> Iterator
             process.start()
             there.close()  # else its end would not be seen
             processes[here] = process
-        yield _together(numbers, processes)
+        yield _together(numbers, processes, advance)
     finally:
         for process in processes.values():
             process.kill()
@@ -66,21 +68,23 @@ def started(task: Task[R], numbers: Sequence[int], num_workers: int) -> Iterator
             process.join()
 
 
-def _alone(task: Task[R], numbers: Sequence[int]) -> Iterator[int | Done[R]]:
+def _alone(task: Task[R], numbers: Sequence[int], advance: Callable[[int], None]) -> Iterator[R]:
+    told = Told(advance)
     for number in numbers:
-        counts: list[int] = []
-        result = task(number, counts.append)
-        yield sum(counts)
-        yield Done(result)
+        result = task(number, told.advance)
+        told.flush()
+        yield result
 
 
-def _together(numbers: Sequence[int], processes: dict[Connection, BaseProcess]) -> Iterator[int | Done[Any]]:
+def _together(
+    numbers: Sequence[int], processes: dict[Connection, BaseProcess], advance: Callable[[int], None]
+) -> Iterator[Any]:
     waiting, idle = list(reversed(numbers)), list(processes)
     busy: set[Connection] = set()
     while waiting or busy:
         while waiting and idle:
             connection = idle.pop()
-            connection.send(waiting.pop())
+            _send(connection, waiting.pop(), processes[connection])
             busy.add(connection)
         for ready in wait(list(busy)):
             assert isinstance(ready, Connection)
@@ -90,25 +94,38 @@ def _together(numbers: Sequence[int], processes: dict[Connection, BaseProcess]) 
             if isinstance(message, Done):
                 busy.remove(ready)
                 idle.append(ready)
-            yield message
+                yield message.result
+            else:
+                advance(message)
+
+
+def _send(connection: Connection, number: int, process: BaseProcess) -> None:
+    try:
+        connection.send(number)
+    except OSError:
+        raise _ended(process) from None
 
 
 def _received(connection: Connection, process: BaseProcess) -> Any:
     try:
         return connection.recv()
-    except EOFError:
-        process.join()
-        raise DataError(
-            f"a process that prepared rows ended with {process.exitcode}. What is finished is kept: if memory ran out, "
-            "start again with fewer --workers"
-        ) from None
+    except (EOFError, OSError):  # the second where it ended before it took what it was sent
+        raise _ended(process) from None
+
+
+def _ended(process: BaseProcess) -> DataError:
+    process.join()
+    return DataError(
+        f"a process that prepared rows ended with {process.exitcode}. What is finished is kept: if memory ran out, "
+        "start again with fewer --workers"
+    )
 
 
 def _work(parent: int, task: Task[Any], connection: Connection) -> None:
     """A process: tasks by their number until its parent ends it. A mistake of ours ends it with a traceback."""
     end_with_parent(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the parent ends this one
-    told = Told(connection)
+    told = Told(connection.send)
     while True:
         number = connection.recv()
         try:
@@ -123,8 +140,8 @@ def _work(parent: int, task: Task[Any], connection: Connection) -> None:
 class Told:
     """Rows that were done, told now and then."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._count, self._last = connection, 0, time.monotonic()
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell, self._count, self._last = tell, 0, time.monotonic()
 
     def advance(self, count: int) -> None:
         self._count += count
@@ -134,5 +151,5 @@ class Told:
     def flush(self) -> None:
         """Tell what was not told yet."""
         if self._count:
-            self._connection.send(self._count)
+            self._tell(self._count)
         self._count, self._last = 0, time.monotonic()

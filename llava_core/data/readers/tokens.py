@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from llava_core.data.conversation import Template
 from llava_core.data.fingerprint import differences, fingerprint
 from llava_core.data.overlong import Overlong
-from llava_core.data.prepared import MANIFEST, read_prepared, row_checksum
+from llava_core.data.prepared import MANIFEST, TEMPLATE_FILE, read_prepared, row_checksum
 from llava_core.data.readers import Content
 from llava_core.data.readers.index import check_unchanged, open_data
 from llava_core.data.records import EncodedRecord, TokenSequence
@@ -40,18 +40,20 @@ class TokensReader:
                 raise DataError(f"{path} was prepared as {request['to']}, not as token ids: leave data.reader out")
             self.content: Content = request["source"]["content"]
             self.usual_overlong: Overlong = request["source"]["usual_overlong"]
-            self.template: str = request["settings"]["template"]
+            kept = TEMPLATE_FILE in prepared.files
+            self.template: str = str(path / TEMPLATE_FILE) if kept else request["settings"]["template"]
             self._made_with: Mapping[str, str] = request["settings"]["made_with"]
             self._num_rows, self._part_size = prepared.num_rows, int(request["part_size"])
         except (LookupError, TypeError) as error:
             raise DataError(f"{path / MANIFEST} cannot be read ({error!r}): prepare the data anew") from error
-        if len(prepared.files) != -(-self._num_rows // self._part_size):
+        files = {name: digest for name, digest in prepared.files.items() if name != TEMPLATE_FILE}
+        if len(files) != -(-self._num_rows // self._part_size):
             raise DataError(
-                f"{path / MANIFEST} tells of {self._num_rows} rows by {self._part_size}, and of {len(prepared.files)} "
+                f"{path / MANIFEST} tells of {self._num_rows} rows by {self._part_size}, and of {len(files)} "
                 "files: prepare the data anew"
             )
-        self._files = [(path / name, digest.size) for name, digest in sorted(prepared.files.items())]
-        digests = "".join(prepared.files[file.name].sha256 for file, _ in self._files)
+        self._files = [(path / name, digest.size) for name, digest in sorted(files.items())]
+        digests = "".join(files[file.name].sha256 for file, _ in self._files)
         self._digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:

@@ -67,6 +67,19 @@ def test_a_run_that_would_tokenise_otherwise_is_refused(capsys, parts: TinyParts
         losses(parts, tmp_path / "run", path=str(output), template="mistral")
 
 
+def test_a_template_file_comes_along(capsys, parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("talk.yaml").write_text('human: ["Q: {text}\\n"]\nassistant: ["A:", {train: " {text}</s>"}]\nstop: ["</s>"]\n')
+    options = ("--tokenizer", parts.language, "--template", "talk.yaml", "--shard-size", 5, "--workers", 2)
+    done = run(capsys, "data", "prepare", parts.data, "--to", "tokens", "-o", "out", *options)
+    assert done.code == 0, done.err
+    expected = losses(parts, tmp_path / "json", path=str(parts.data), template="talk.yaml")
+    Path("elsewhere").mkdir()
+    Path("out").rename("elsewhere/out")
+    Path("talk.yaml").unlink()
+    assert losses(parts, tmp_path / "tokens", path="elsewhere/out") == expected
+
+
 def test_documents_and_conversations_for_megatron(capsys, parts: TinyParts, tmp_path: Path) -> None:
     (tmp_path / "docs.txt").write_text("It is red.\nIt is green.\n")
     options = ("--tokenizer", parts.language, "--workers", 2, "--shard-size", 1)

@@ -17,6 +17,7 @@ import pytest
 
 from llava_core.data.image_store import ImageStore
 from llava_core.data.overlong import Overlong
+from llava_core.data.prepare import workers
 from llava_core.data.prepare.run import Preparation
 from llava_core.data.prepare.webdataset import WebdatasetTarget
 from llava_core.data.prepare.workers import started
@@ -204,7 +205,7 @@ def test_two_at_once_are_refused(data: Data, tmp_path: Path) -> None:
         def start(self, total: int, done: int) -> None:
             with (
                 pytest.raises(ConfigError, match="another process is preparing .*out"),
-                started(again, [0, 0], 2) as run,
+                started(again, [0, 0], 2, self.advance) as run,
             ):
                 list(run)
 
@@ -228,10 +229,25 @@ def test_too_many_bad_rows_stop_it_and_it_goes_on_with_a_higher_limit(data: Data
 def test_a_worker_that_is_killed_is_told_of() -> None:
     with (
         pytest.raises(DataError, match="a process that prepared rows ended with -9.*fewer --workers"),
-        started(_die, [0, 1, 2], 2) as events,
+        started(_die, [0, 1, 2], 2, print) as results,
     ):
-        list(events)
+        list(results)
     assert multiprocessing.active_children() == []
+
+
+def test_rows_are_counted_while_a_part_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "TOLD_SECONDS", -1.0)
+    seen: list[int] = []
+
+    def rows(number: int, advance: Callable[[int], None]) -> int:
+        for count in range(3):
+            assert sum(seen) == count
+            advance(1)
+        return number
+
+    with started(rows, [7], 1, seen.append) as results:
+        assert list(results) == [7]
+    assert seen == [1, 1, 1]
 
 
 def test_a_workers_error_is_raised_here(data: Data, tmp_path: Path) -> None:
