@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from llava_core.train.profiling import StepProfiler
 from llava_core.train.recording import recording
 from llava_core.train.saver import saving
 from llava_core.train.schedule import is_due
+from llava_core.weights.adapter_folder import is_adapter_folder
 from llava_core.weights.export import export_model
 
 if TYPE_CHECKING:
@@ -99,8 +101,9 @@ def train_prepared(run: Run, registry: Registry, console: Console, expected: Est
     for note in notes:
         console.print(note, markup=False)
     export = config.output / EXPORT_FOLDER
-    if export.exists() and (done == 0 or run.is_over(done)):
-        return finished_before(run, done, export, console)
+    if is_finished(run, done, export):
+        console.print(f"the run is finished; its model is in {export}", markup=False)
+        return RunResult(done, export, 0)
     if run.processes.is_first:
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -120,7 +123,7 @@ def train_prepared(run: Run, registry: Registry, console: Console, expected: Est
             console.print(f"log.profile_steps = {list(recorded)}: the run had only {done} steps", markup=False)
         # A signal that comes now finds the training done: what is left is finished, so that nothing is lost.
         try:
-            agree(run.processes, lambda: export_run(run, export))
+            export_run(run, export)
         except (OSError, LlavaError):
             if config.checkpoint.every_steps is None:
                 resume.save(run, done)  # what was learnt must not be lost with the export
@@ -129,19 +132,19 @@ def train_prepared(run: Run, registry: Registry, console: Console, expected: Est
         return RunResult(done, export, 0)
 
 
-def finished_before(run: Run, done: int, export: Path, console: Console) -> RunResult:
-    """The result of a run whose export is there already.
+def is_finished(run: Run, done: int, export: Path) -> bool:
+    """Whether no step is left to take and all that a run leaves is there.
 
     Raises:
-        ConfigError: it kept no checkpoint, so that its settings cannot be told to be the same.
+        ConfigError: an export is there and no checkpoint, so that its settings cannot be told to be the same.
     """
-    if run.is_over(done):
-        console.print(f"the run is finished; its model is in {export}", markup=False)
-        return RunResult(done, export, 0)
-    raise ConfigError(
-        f"{run.config.output} holds a finished run and no checkpoint: its model is in {export}. Name another output, "
-        "or remove the folder to train afresh."
-    )
+    if done == 0 and export.exists():
+        raise ConfigError(
+            f"{run.config.output} holds a finished run and no checkpoint: its model is in {export}. Name another "
+            "output, or remove the folder to train afresh."
+        )
+    has_adapter = run.source.adapters is None or is_adapter_folder(run.config.output / ADAPTER_FOLDER)
+    return run.is_over(done) and export.exists() and has_adapter
 
 
 def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, console: Console) -> int:
@@ -229,10 +232,13 @@ def measure(run: Run, step: Step, result: StepResult, done: int, data_seconds: f
 
 
 def export_run(run: Run, folder: Path) -> None:
-    """The trained model as a Hugging Face folder, and before it the adapters, if there are any, in another."""
-    if run.source.adapters is not None:
-        export_adapter(run, run.config.output / ADAPTER_FOLDER)
-    export_model(
+    """The trained model as a Hugging Face folder, and after it the adapters, if there are any, in another.
+
+    Raises:
+        OSError, LlavaError: in every process, where one of them could not be written.
+    """
+    export = partial(
+        export_model,
         run.engine.model,
         run.tokenizer,
         run.processor,
@@ -243,6 +249,10 @@ def export_run(run: Run, folder: Path) -> None:
         writes=run.processes.is_first,
         weights=run.engine.pipeline.whole_weights() if run.engine.pipeline is not None else None,
     )
+    # One at a time: where the first process fails, the others must not be in the collectives of the next.
+    agree(run.processes, export)
+    if run.source.adapters is not None:
+        agree(run.processes, partial(export_adapter, run, run.config.output / ADAPTER_FOLDER))
 
 
 def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:

@@ -122,7 +122,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     source = open_source(config.model)
     trainable = check_trainable(config, source.spec)
     if config.lora is not None:
-        source = put_adapters(source, adapters_of(config.lora), config.lora.path)
+        source = put_adapters(source, adapters_of(config.lora), config.lora.path, config.train.trainable)
     check_tensor(source.spec, config.parallel.tensor)
     check_recompute(config, source.spec)
     pipeline_stages(config, source.spec)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava_core.errors import WeightsError
 from llava_core.model.adapters import NAME, Adapters, peft_config
-from llava_core.model.freeze import PARTS, is_adapter
+from llava_core.model.freeze import PARTS, is_adapter, part_of
 from llava_core.model.spec import ModelSpec
 from llava_core.weights import names
 from llava_core.weights.folder import WeightsFolder
@@ -37,12 +37,31 @@ WHOLE_MODULES = {
 MAX_LISTED = 5
 
 
-def put_adapters(source: ModelSource, adapters: Adapters, folder: Path | None) -> ModelSource:
-    """The model with adapters: those of `folder`, or fresh ones. Raises as `read_adapter`."""
+def put_adapters(
+    source: ModelSource, adapters: Adapters, folder: Path | None, trainable: Collection[str]
+) -> ModelSource:
+    """The model with adapters: those of `folder`, or fresh ones.
+
+    Raises:
+        WeightsError: as `read_adapter`; or `folder` holds weights that do not learn further, which would be missing in
+            the adapter that this run leaves.
+    """
     if folder is None:
         return replace(source, adapters=adapters)
-    tensors = {**source.tensors, **read_adapter(folder, source.spec, adapters)}
-    return replace(source, adapters=adapters, tensors=tensors, files=(*source.files, folder / WEIGHTS))
+    read = read_adapter(folder, source.spec, adapters)
+    parameters = {name for name, _ in outline(source.spec, adapters=adapters).named_parameters()}
+    lost = sorted(parameters & read.keys() - set(learnt_names(source.spec, trainable, adapters)))
+    if lost:
+        parts = [part for part in PARTS if part in map(part_of, lost) and part not in adapters.parts]
+        remedy = f"Add {', '.join(parts)} to train.trainable, or take" if parts else "Take"
+        raise WeightsError(
+            f"{folder} holds weights that learnt beside its adapters and would be frozen in this run "
+            f"(train.trainable = {list(trainable)}), whose own adapter would lack them: {_some(lost)}. {remedy} "
+            "a model that they are merged into, like the hf of the run that left them, as model.path without lora.path."
+        )
+    return replace(
+        source, adapters=adapters, tensors={**source.tensors, **read}, files=(*source.files, folder / WEIGHTS)
+    )
 
 
 def learnt_names(spec: ModelSpec, trainable: Collection[str], adapters: Adapters) -> list[str]:
@@ -87,6 +106,11 @@ def write_adapter(
         write_tensors(partial_folder / WEIGHTS, tensors, torch.float32)
 
 
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether `folder` holds an adapter."""
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
 def refuse_other_than_adapter(folder: Path) -> None:
     """Checks that an adapter may be written to `folder`: it is absent, empty, or holds an adapter and nothing else.
 
@@ -106,16 +130,23 @@ def read_adapter(folder: Path, spec: ModelSpec, adapters: Adapters) -> dict[str,
         WeightsError: it cannot be read, is of other settings than `adapters`, or lacks or has more than these need.
     """
     _check_settings(folder, spec, adapters)
-    disk = WeightsFolder(folder / WEIGHTS)
-    tensors = {_ours(name, spec): partial(disk.__getitem__, name) for name in disk}
+    disk, to_disk = WeightsFolder(folder / WEIGHTS), Spelling(spec)
+    on_disk = {_ours(name, spec): name for name in disk}
     wanted = {name for name, _ in outline(spec, adapters=adapters).named_parameters() if is_adapter(name)}
-    found = {name for name in tensors if is_adapter(name)}
+    found = {name for name in on_disk if is_adapter(name)}
     if wanted != found:
+        surplus, missing = [on_disk[name] for name in found - wanted], [to_disk(name) for name in wanted - found]
         raise WeightsError(
-            f"{folder} is an adapter of other layers: it has {len(found - wanted)} tensors that the config has no "
-            f"layer for and lacks {len(wanted - found)}, e.g. {', '.join(sorted(wanted ^ found)[:MAX_LISTED])}."
+            f"{folder} is an adapter of other layers than the config names.\n  tensors for which the config has no "
+            f"layer: {_some(surplus)}\n  tensors that it lacks: {_some(missing)}"
         )
-    return dict(tensors)
+    return {name: partial(disk.__getitem__, there) for name, there in on_disk.items()}
+
+
+def _some(found: Collection[str]) -> str:
+    """How many names there are, and the first of them."""
+    listed = ", ".join(sorted(found)[:MAX_LISTED])
+    return f"{len(found)}{', e.g. ' if len(found) > MAX_LISTED else ': ' if found else ''}{listed}"
 
 
 def _check_settings(folder: Path, spec: ModelSpec, adapters: Adapters) -> None:
@@ -137,10 +168,20 @@ def _check_settings(folder: Path, spec: ModelSpec, adapters: Adapters) -> None:
     ]
     if differing:
         raise WeightsError(f"{folder} is an adapter of other settings:" + "".join(differing))
+    if config.init_lora_weights not in BASE_KEPT:
+        raise WeightsError(
+            f"{folder}: init_lora_weights is {config.init_lora_weights!r}, which may have changed the weights that the "
+            f"adapter is beside, so that the model's folder does not hold them; read are {list(BASE_KEPT)}. Have peft "
+            "convert it to a plain one (path_initial_model_for_weight_conversion), or merge it into its model."
+        )
 
 
 ADOPTED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "bias", "fan_in_fan_out")
 """peft's settings that decide what an adapter's numbers mean; which layers it is of, its tensors' names tell."""
+
+BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
+"""How adapters may have started: peft then leaves the weights beside them alone, and with pissa, olora, corda, loftq
+and others it does not (peft's tuners/lora/layer.py)."""
 
 
 def _plain(value: Any) -> Any:
@@ -171,7 +212,7 @@ class Spelling:
 
 
 def _tower_prefix(spec: ModelSpec) -> str:
-    """transformers' towers hold their layers themselves from 5.? on, and before that in a `vision_model`."""
+    """Where the installed transformers' LLaVA has its tower's layers: the tower holds them, or its `vision_model`."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
     if spec.vision is None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+from torch import distributed
 
+from llava_core.config import build_config
+from llava_core.engine.processes import Processes
+from llava_core.errors import LlavaError
+from llava_core.plugins import Registry
 from llava_core.testing.datasets import TinyParts, tiny_parts
+from llava_core.train.agreement import by_first
+from llava_core.train.loop import train_prepared
+from llava_core.train.prepare import open_run, prepare
 from tests.distributed.processes import run_processes
-from tests.distributed.test_training import assert_same_numbers, train
+from tests.distributed.test_training import assert_same_numbers, rows, train
 from tests.unit.train.support import tiny_settings
 
 ADAPTERS = (
@@ -57,6 +68,36 @@ def test_the_numbers_are_those_of_one_process(
         for name, tensor in expected.items():
             # Adam makes a tiny gradient's last bits as large as the rest of it: measured 2e-6, and a step is 1e-3.
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=name)
+
+
+def fail_then_go_on(settings: dict[str, Any], foreign: Path) -> tuple[list[str], int]:
+    """What stops a run in whose adapter folder a foreign file appears; and the steps of the same run without it."""
+    config, registry = build_config(settings), Registry.discover()
+    processes = Processes(distributed.get_rank(), 2, distributed.get_rank(), 2)
+
+    def attempt(before: Callable[[], object]) -> int:
+        run = prepare(config, registry, open_run(config, registry, processes), processes)
+        by_first(processes, before)
+        return train_prepared(run, registry, Console(quiet=True)).steps
+
+    with pytest.raises(LlavaError) as failure:
+        attempt(lambda: (foreign.parent.mkdir(parents=True), foreign.write_text("mine")))
+    by_first(processes, foreign.unlink)
+    return [type(failure.value).__name__, str(failure.value)], attempt(lambda: None)
+
+
+def test_an_adapter_that_cannot_be_written_costs_no_training(parts: TinyParts, tmp_path: Path) -> None:
+    """The others do not go on to other collectives, the model and the state are there, and the run ends later."""
+    output = tmp_path / "run"
+    settings = tiny_settings(parts, output, *ADAPTERS, "train.max_steps=2", "parallel.data=full")
+    first, second = run_processes(2, fail_then_go_on, settings, output / "adapter" / "notes.txt")
+    refusal = f"{output / 'adapter'} holds notes.txt, so it is not replaced by an adapter."
+    assert [found[0][0] for found in (first, second)] == ["WeightsError", "CheckpointError"]
+    assert refusal in first[0][1]
+    assert f"process 0: WeightsError: {refusal}" in second[0][1]
+    assert (first[1], second[1]) == (2, 2)
+    assert len(rows(output)) == 2  # nothing was trained twice
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_dora_is_sharded_alike(parts: TinyParts, tmp_path: Path) -> None:

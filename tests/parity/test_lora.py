@@ -71,7 +71,7 @@ def build_pair(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> P
     vary(theirs)
     theirs.to(dtype).float()
     theirs.save_pretrained(str(folder))
-    source = put_adapters(source_of(hf, spec), adapters, folder)
+    source = put_adapters(source_of(hf, spec), adapters, folder, (*parts, *beside))
     ours = load(source, (*parts, *beside), dtype)
     return Pair(hf, theirs, ours, spec, adapters, (*parts, *beside), build_examples(spec, 0))
 

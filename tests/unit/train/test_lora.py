@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from llava_core.api import load_assistant
 from llava_core.config import build_config
+from llava_core.engine import recompute
 from llava_core.errors import ConfigError, WeightsError
 from llava_core.inference.sampling import GenerationSettings
 from llava_core.plugins import Registry
@@ -121,8 +124,8 @@ def test_a_resumed_run_ends_with_the_same_bits(changes: tuple[str, ...], parts: 
 def test_dropout_is_recomputed_as_it_was(parts: TinyParts, tmp_path: Path) -> None:
     settings = (*LANGUAGE, *VISION, "lora.dropout=0.4", "train.max_steps=3")
     ends = []
-    for recompute in ("none", "full", "selective"):
-        run = tiny_run(parts, tmp_path / recompute, *settings, f"train.recompute={recompute}")
+    for how in ("none", "full", "selective"):
+        run = tiny_run(parts, tmp_path / how, *settings, f"train.recompute={how}")
         run_to_end(run)
         ends.append({k: v for k, v in engine_tensors(run).items() if not k.startswith("rng.")})
     assert_bit_equal(ends[1], ends[0])
@@ -186,7 +189,12 @@ def test_a_run_goes_on_from_an_adapter(parts: TinyParts, llava: Path, tmp_path: 
     [
         (("lora.language.rank=5",), "r: 4 there, 5 in the config"),
         (("lora.dora=true",), "use_dora: False there, True in the config"),
-        (("lora.language.targets=[q_proj]",), "has 24 tensors that the config has no layer for and lacks 0"),
+        (("lora.language.targets=[q_proj]",), r"has no layer: 24, e.g. base_model\.model\.model\.language_model"),
+        (("lora.language.targets=[q_proj]",), r"tensors that it lacks: 0$"),
+        (
+            ("train.trainable=[language]",),
+            r"4: multi_modal_projector.*Add projector to train.trainable, or take a model",
+        ),
     ],
 )
 def test_an_adapter_of_other_settings_is_refused(
@@ -194,6 +202,44 @@ def test_an_adapter_of_other_settings_is_refused(
 ) -> None:
     with pytest.raises(WeightsError, match=message):
         tiny_run(parts, tmp_path / "run", *LANGUAGE, f"lora.path={adapter}", *changes)
+
+
+def test_an_adapter_that_changed_the_weights_beside_it_is_refused(
+    parts: TinyParts, llava: Path, tmp_path: Path
+) -> None:
+    """peft's PiSSA takes its start out of the base weights, which no folder then holds."""
+    targets = r".*language_model.*\.q_proj"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights="pissa")
+    theirs = get_peft_model(LlavaForConditionalGeneration.from_pretrained(llava), config)
+    theirs.save_pretrained(str(tmp_path / "pissa"))
+    settings = (*LANGUAGE, "lora.language.targets=[q_proj]", f"lora.path={tmp_path / 'pissa'}")
+    with pytest.raises(WeightsError, match="init_lora_weights is 'pissa'"):
+        tiny_run(parts, tmp_path / "run", *of(llava), *settings)
+
+
+def test_a_finished_run_writes_an_adapter_that_was_removed(parts: TinyParts, tmp_path: Path) -> None:
+    settings = (*LANGUAGE, "train.max_steps=1", "checkpoint.every_steps=1")
+    file = trained(parts, tmp_path / "run", *settings) / "adapter" / "adapter_model.safetensors"
+    written = file.read_bytes()
+    shutil.rmtree(file.parent)
+    trained(parts, tmp_path / "run", *settings)
+    assert file.read_bytes() == written
+    assert len(metrics_rows(tmp_path / "run")) == 1
+
+
+@torch._dynamo.config.patch(recompile_limit=1000)  # beyond it nothing is compiled
+def test_compiled_layers_have_adapters(parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounter()  # captures graphs and runs them as they are: the C++ compiler would take a minute
+    monkeypatch.setattr(recompute, "COMPILER", counter)
+    torch._dynamo.reset()
+    settings = (*LANGUAGE, "train.max_steps=2")
+    run_to_end(tiny_run(parts, tmp_path / "plain", *settings))
+    run_to_end(tiny_run(parts, tmp_path / "compiled", *settings, "train.compile=true"))
+    assert counter.frame_count > 0
+    losses = [[row["loss"] for row in metrics_rows(tmp_path / name)] for name in ("plain", "compiled")]
+    # The graphs are run as they are, in fp32; measured equal.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
