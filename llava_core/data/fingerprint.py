@@ -48,13 +48,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template: Template) -> dict[
     return parts
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each value that is another one now, by its dotted name."""
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """An indented line for each value that is another one now, by its dotted name; empty where none is."""
     before, after = _flat(then), _flat(now)
     keys = [*before, *(key for key in after if key not in before)]
-    return [
-        f"{key}: was {before.get(key)!r}, is {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)
-    ]
+    changed = (key for key in keys if before.get(key) != after.get(key))
+    return "".join(f"\n  {key}: was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
 
 
 def _without_image_rule(normalizer: Any) -> Any:

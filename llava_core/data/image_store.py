@@ -133,7 +133,7 @@ class ImageStore:
             raise BadRow(
                 "unexpected_image",
                 f"the row has the image {relative!r}, and no image folder is given: "
-                "set data.images, or the source's images",
+                "set data.images or the source's images, or --images of data prepare",
             )
         try:
             path = Path(os.path.realpath(self.root / relative))

@@ -59,6 +59,7 @@ def read_prepared(folder: Path) -> Prepared:
         if body["format"] != FORMAT:
             raise DataError(f"{file} has format {body['format']}, expected {FORMAT}: prepare the data anew")
         files = {str(name): FileDigest(**digest) for name, digest in body["files"].items()}
+        _check_request(body["request"])
         found = Prepared(body["request"], int(body["num_rows"]), int(body["num_bad"]), files)
     except OSError as error:
         raise DataError(f"{folder} is no prepared data set: {file}: {error.strerror}") from error
@@ -74,3 +75,13 @@ def read_prepared(folder: Path) -> Prepared:
                 "bytes: copy the folder again, or prepare the data anew"
             )
     return found
+
+
+def _check_request(request: Mapping[str, Any]) -> None:
+    """Raises what `read_prepared` explains, for a request that `Preparation` does not write."""
+    expected = {"to": str, "source": dict, "settings": dict, "part_size": int}
+    for key, kind in expected.items():
+        if not isinstance(request[key], kind):
+            raise TypeError(f"request.{key} is {request[key]!r}")
+    if request["part_size"] < 1:
+        raise ValueError(f"request.part_size is {request['part_size']}")

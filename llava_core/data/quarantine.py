@@ -71,13 +71,16 @@ class Quarantine:
             file.write(line + "\n")
         self._listed.add((source, index, id))
 
-    def check(self) -> None:
+    def check(self, num_rows: int | None = None) -> None:
         """Stops a run whose data is too bad.
+
+        Args:
+            num_rows: how many will be met in the end, where that is known; None to judge those that were.
 
         Raises:
             TrainingError: the fraction of bad rows exceeds `max_fraction`, and they are at least MIN_BAD_ROWS.
         """
-        bad, met = self.num_bad, self.num_bad + self.num_good
+        bad, met = self.num_bad, self.num_bad + self.num_good if num_rows is None else num_rows
         if not too_many(bad, met, self.max_fraction):
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())

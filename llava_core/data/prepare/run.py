@@ -105,14 +105,14 @@ class Preparation:
         for part in parts:
             if part is not None:
                 _count(part, quarantine)
-        quarantine.check()
+        quarantine.check(len(self.reader))
         missing = [number for number, part in enumerate(parts) if part is None]
         writer = PartWriter(self.reader, self.target, self.part_size, self._files(work), work.inner)
         with started(writer, missing, self.num_workers, watch.advance) as made:
             watch.start(len(self.reader), quarantine.num_bad + quarantine.num_good)
             for part in made:
                 _count(part, quarantine)
-                quarantine.check()
+                quarantine.check(len(self.reader))
 
     def _complete(self, work: Work) -> Prepared:
         """Put the parts together. The list of bad rows is written anew, in the rows' order."""

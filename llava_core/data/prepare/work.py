@@ -19,6 +19,7 @@ from llava_core.data.prepared import MANIFEST, Prepared, read_prepared
 from llava_core.durable import make_directory, sync_directory
 from llava_core.errors import ConfigError, DataError
 
+LOCK = "lock"
 INNER = ".work"
 """What is needed only until the data set is complete."""
 
@@ -72,15 +73,16 @@ def opened(output: Path, request: Mapping[str, Any]) -> Iterator[Work]:
     Raises:
         ConfigError: it is of another request, of something else, or another process works in it.
     """
-    folder = output.absolute().with_name(output.absolute().name + ".partial")
-    work = Work(folder, output.absolute(), request)
+    place = output.resolve()  # a link cannot be replaced by a folder
+    folder = place.with_name(place.name + ".partial")
+    work = Work(folder, place, request)
     file = work.inner / "request.json"
-    if not file.is_file():
-        if folder.is_dir() and any(folder.iterdir()) and not _only_begun(work):
-            raise ConfigError(f"{folder} exists and was not made by data prepare: name another output, or remove it.")
-        make_directory(work.inner)
-        put_file(file, [json.dumps(request, indent=1).encode()])
-    with _alone(work.inner / "lock", output):
+    if folder.is_dir() and any(folder.iterdir()) and not (file.is_file() or _only_begun(work)):
+        raise ConfigError(f"{folder} exists and was not made by data prepare: name another output, or remove it.")
+    make_directory(work.inner)
+    with _alone(work.inner / LOCK, output):
+        if not file.is_file():
+            put_file(file, [json.dumps(request, indent=1).encode()])
         try:
             then = json.loads(file.read_bytes())
         except ValueError as error:
@@ -106,14 +108,15 @@ def _alone(file: Path, output: Path) -> Iterator[None]:
 def _only_begun(work: Work) -> bool:
     """Whether the folder was made by a run that ended before it said what it was asked."""
     inner = [work.inner] if work.inner.is_dir() else []
-    return list(work.folder.iterdir()) == inner and all(file.suffix == ".partial" for file in work.inner.iterdir())
+    return list(work.folder.iterdir()) == inner and all(
+        file.name == LOCK or file.suffix == ".partial" for file in work.inner.iterdir()
+    )
 
 
 def _refuse_other(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = differences(then, now)
     if changed:
-        listed = "".join(f"\n  {line}" for line in changed)
         raise ConfigError(
-            f"{folder} was made from other data or with other settings:{listed}\n"
+            f"{folder} was made from other data or with other settings:{changed}\n"
             "Restore them to go on, name another output, or remove that folder to start afresh."
         )

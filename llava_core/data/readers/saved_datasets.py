@@ -116,6 +116,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     is_state = file.name == STATE_FILE
     if not isinstance(found, dict) or (is_state and not _names_files(found.get("_data_files"))):
         raise DataError(f"{file} names no files of a data set; save it again with a newer release of datasets")
+    if is_state and not _names_columns(found.get("_format_columns")):
+        raise DataError(f"{file} has _format_columns {found['_format_columns']!r}, expected a list of names or null")
     if is_state and any(Path(str(one["filename"])).name != one["filename"] for one in found["_data_files"]):
         raise DataError(f"{file} names files outside its folder; save the data set again")
     if is_state and found.get("_indices_data_files"):
@@ -134,8 +136,14 @@ def _shown(names: Sequence[str], state: Mapping[str, Any]) -> frozenset[str]:
 
 def _names_files(found: object) -> bool:
     return (
-        isinstance(found, list) and bool(found) and all(isinstance(file, dict) and "filename" in file for file in found)
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(file, dict) and isinstance(file.get("filename"), str) for file in found)
     )
+
+
+def _names_columns(found: object) -> bool:
+    return found is None or (isinstance(found, list) and all(isinstance(name, str) for name in found))
 
 
 def _map(path: Path) -> Any:

@@ -73,10 +73,9 @@ class TokensReader:
         """
         changed = differences(self._made_with, fingerprint(tokenizer, template))
         if changed:
-            listed = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
-                f"{self.path} was tokenised otherwise than this run would, with the template {self.template!r}:{listed}"
-                "\nName that template and the model whose tokenizer it was, or prepare the data anew."
+                f"{self.path} was tokenised otherwise than this run would, with the template {self.template!r}:"
+                f"{changed}\nName that template and the model whose tokenizer it was, or prepare the data anew."
             )
 
     def read(self, index: int) -> EncodedRecord:

@@ -184,6 +184,14 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state\.json cannot be read"):
         SavedDatasetReader(tmp_path)
+    files = [{"filename": "data.arrow"}]
+    for columns in (5, [["a"]]):
+        (tmp_path / "state.json").write_text(json.dumps({"_data_files": files, "_format_columns": columns}))
+        with pytest.raises(DataError, match=r"state.json has _format_columns .*, expected a list of names or null"):
+            SavedDatasetReader(tmp_path)
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": ["a"]}]}')
+    with pytest.raises(DataError, match="names no files of a data set"):
+        SavedDatasetReader(tmp_path)
     (tmp_path / "state.json").write_text('{"_data_files": [3]}')
     with pytest.raises(DataError, match="names no files of a data set"):
         SavedDatasetReader(tmp_path)

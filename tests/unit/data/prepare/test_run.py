@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -224,6 +225,40 @@ def test_too_many_bad_rows_stop_it_and_it_goes_on_with_a_higher_limit(data: Data
     data.webdataset(tmp_path / "out").run(Quiet())
     data.webdataset(tmp_path / "whole").run(Quiet())
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_bad_rows_are_judged_by_all_that_there_are(parts: TinyParts, tmp_path: Path) -> None:
+    data = write_lines(parts, tmp_path / "data.jsonl", bad=False)
+    lines = [BAD_LINES[25]] * 10 + data.path.read_text().splitlines()
+    data.path.write_text("\n".join(lines))
+    assert data.tokens(tmp_path / "out", max_bad_fraction=0.25).run(Quiet()).num_bad == 10
+    with pytest.raises(TrainingError, match=r"10 of 46 rows \(21.7%\) cannot be used, the limit is 20.0%"):
+        data.tokens(tmp_path / "other", max_bad_fraction=0.2).run(Quiet())
+
+
+def test_what_another_process_begins_is_not_taken_over(data: Data, tmp_path: Path) -> None:
+    inner = tmp_path / "out.partial/.work"
+    inner.mkdir(parents=True)
+
+    def second(number: int, advance: Callable[[int], None]) -> int:
+        with pytest.raises(ConfigError, match="another process is preparing .*out"):
+            data.tokens(tmp_path / "out").run(Quiet())
+        return number
+
+    with (inner / "lock").open("wb") as locked:
+        fcntl.lockf(locked, fcntl.LOCK_EX)
+        with started(second, [0, 0], 2, print) as results:
+            list(results)
+    assert [file.name for file in inner.iterdir()] == ["lock"]
+    data.tokens(tmp_path / "out").run(Quiet())
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(data: Data, tmp_path: Path) -> None:
+    (tmp_path / "disk/out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/out")
+    data.tokens(tmp_path / "link").run(Quiet())
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk/out/prepared.json").is_file()
 
 
 def test_a_worker_that_is_killed_is_told_of() -> None:

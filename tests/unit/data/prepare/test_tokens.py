@@ -252,7 +252,7 @@ def test_special_tokens_that_a_tokenizers_own_template_writes(data: Data, tmp_pa
     assert isinstance(first, Span)
     assert first.text.startswith("<|end_of_text|>")
     changed = differences(before, fingerprint(tokenizer, template))
-    assert changed == ["tokenizer.bos_token: was '<|begin_of_text|>', is '<|end_of_text|>'"]
+    assert changed == "\n  tokenizer.bos_token: was '<|begin_of_text|>', is '<|end_of_text|>'"
 
 
 def test_marks_of_special_tokens_that_are_split(data: Data) -> None:
@@ -285,6 +285,13 @@ def test_an_incomplete_or_foreign_folder_is_refused(data: Data, tmp_path: Path) 
     part.unlink()
     with pytest.raises(DataError, match="tokens-00003.safetensors is missing"):
         reader_name(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/prepared.json").read_text())
+    odd: tuple[dict[str, Any], ...] = ({"to": 3}, {"settings": []}, {"source": None}, {"part_size": 0})
+    for request in odd:
+        damaged = manifest | {"request": manifest["request"] | request}
+        (tmp_path / "out/prepared.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="prepared.json cannot be read"):
+            reader_name(tmp_path / "out")
     (tmp_path / "out/prepared.json").write_text("{")
     with pytest.raises(DataError, match="prepared.json cannot be read"):
         TokensReader(tmp_path / "out")
