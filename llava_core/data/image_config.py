@@ -41,6 +41,7 @@ OTHER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Siglip": {
         "size": {"height": 224, "width": 224},
         "do_center_crop": False,
+        "crop_size": None,
         "image_mean": 0.5,
         "image_std": 0.5,
     },
@@ -52,6 +53,7 @@ OTHER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "GotOcr2": {
         "size": {"height": 384, "width": 384},
         "do_center_crop": False,
+        "crop_size": None,
         "crop_to_patches": False,
         "min_patches": 1,
         "max_patches": 12,
@@ -98,6 +100,7 @@ def parsed(config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: naming what cannot be honoured.
     """
     kind, values = _values(config)
+    _check_crop(kind, values)
     # LLaVA-NeXT's do_pad pads batches, in which images stay as they are.
     if values["do_pad"] and kind not in ("Llava", "LlavaNext"):
         raise ConfigError(
@@ -106,12 +109,12 @@ def parsed(config: Mapping[str, Any]) -> dict[str, Any]:
     pad = values["do_pad"] and kind == "Llava"
     if pad and not values["do_normalize"]:
         raise ConfigError("do_pad takes its colour from image_mean, so do_normalize=False is not supported beside it")
-    size, crop = _parse_size("size", values["size"]), _parse_size("crop_size", values["crop_size"])
+    size, crop = _parse_size("size", values["size"]), _parse_crop(values["crop_size"])
     if values["default_to_square"] and isinstance(values["size"], int):
         size = (values["size"], values["size"])
     return {
         "resize": size if values["do_resize"] else None,
-        "crop": ((crop, crop) if isinstance(crop, int) else crop) if values["do_center_crop"] else None,
+        "crop": crop if values["do_center_crop"] else None,
         "resample": values["resample"],
         # Levels that are not rescaled or not normalized are the same numbers as with a factor, mean and std of these.
         "mean": _parse_triple("image_mean", values["image_mean"]) if values["do_normalize"] else (0.0, 0.0, 0.0),
@@ -120,6 +123,30 @@ def parsed(config: Mapping[str, Any]) -> dict[str, Any]:
         "aspect": "pad" if pad else "square",
         "tiling": _parse_tiling(kind, values),
     }
+
+
+def _check_crop(kind: str, values: Mapping[str, Any]) -> None:
+    """Refuses what transformers' processor of this kind fails at, or does not do.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    crops, crop = values["do_center_crop"], _parse_crop(values["crop_size"])
+    if kind == "GotOcr2" and crops:
+        raise ConfigError("do_center_crop=True of a GotOcr2ImageProcessor does nothing in transformers; leave it out")
+    if crops and crop is None:
+        raise ConfigError(f"do_center_crop=True of a {kind}ImageProcessor needs a crop_size")
+    if kind != "LlavaNext":
+        return
+    if not values["do_resize"]:
+        raise ConfigError("do_resize=False of a LlavaNextImageProcessor is not supported: its whole image has any size")
+    size = _parse_size("size", values["size"])
+    # transformers takes the side of its tiles from crop_size, whether it crops or not.
+    if not crops and crop != ((size, size) if isinstance(size, int) else size):
+        raise ConfigError(
+            f"crop_size={values['crop_size']!r} of a LlavaNextImageProcessor is the size of its tiles, so without "
+            f"do_center_crop it must be that of size={values['size']!r}"
+        )
 
 
 def _values(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -190,6 +217,12 @@ def _parse_size(key: str, value: object) -> int | Size:
     if set(value) != {"height", "width"}:
         raise ConfigError(f"{key}={dict(value)} is not understood; known: a number, shortest_edge, height and width")
     return _parse_count(key, value["height"]), _parse_count(key, value["width"])
+
+
+def _parse_crop(value: object) -> Size | None:
+    """(height, width) of a `crop_size`; None where a processor has none."""
+    crop = None if value is None else _parse_size("crop_size", value)
+    return (crop, crop) if isinstance(crop, int) else crop
 
 
 def _parse_number(key: str, value: object) -> float:

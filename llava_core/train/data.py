@@ -64,10 +64,8 @@ def find_processor(config: DataConfig, model: ModelFolders) -> ImageProcessor | 
     """
     if model.processor is None or model.spec.vision is None:
         return None
-    tiles = dynamic_tiles(config)
-    if tiles is not None:
-        return load_processor(model.processor, model.spec, tiles)
-    assert config.image_aspect != "tiles"
+    if config.image_aspect == "tiles" or config.image_aspect == "anyres":
+        return load_processor(model.processor, model.spec, dynamic_tiles(config))
     return load_processor(model.processor, model.spec, config.image_aspect)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from llava_core.data.images import Aspect, ImageProcessor
 from llava_core.data.tiles import Anyres, DynamicTiles
@@ -12,28 +11,24 @@ from llava_core.errors import ConfigError
 from llava_core.model.spec import ModelSpec
 
 
-def load_processor(
-    folder: Path, spec: ModelSpec, aspect: Aspect | DynamicTiles | Literal["anyres"] | None = None
-) -> ImageProcessor:
+def load_processor(folder: Path, spec: ModelSpec, aspect: Aspect | DynamicTiles | None = None) -> ImageProcessor:
     """The image processor of a model's folder, or of its tower's.
 
     Args:
-        aspect: in place of the folder's own; `anyres` of a LLaVA-NeXT alone, which has no other.
+        aspect: in place of the folder's own; None for a LLaVA-NeXT, which has no other.
 
     Raises:
-        ConfigError: the folder has none, or one that does not give what the tower takes.
+        ConfigError: the folder has none, or one that does not give what the tower takes, or none of that aspect.
     """
     assert spec.vision is not None
     if spec.image_grid_pinpoints:
+        assert aspect is None
         processor = _anyres(folder, Anyres(spec.image_grid_pinpoints))
     elif isinstance(aspect, DynamicTiles):
         whole = ImageProcessor.from_folder(folder, "square")
         processor = replace(whole, resize=whole.output_size, crop=None, tiling=aspect)
     else:
-        assert aspect != "anyres"
-        processor = ImageProcessor.from_folder(folder, aspect)
-        if isinstance(processor.tiling, Anyres):
-            raise ConfigError(f"{folder}: its image processor is LLaVA-NeXT's, and its model is not.")
+        processor = _whole(folder, aspect)
     size = spec.vision.image_size
     if processor.output_size != (size, size):
         raise ConfigError(
@@ -46,6 +41,19 @@ def load_processor(
             "class token out, or image_aspect to square or pad."
         )
     return processor
+
+
+def _whole(folder: Path, aspect: Aspect | None) -> ImageProcessor:
+    """The processor of a model that is no LLaVA-NeXT, for the folder's own aspect or another without tiles."""
+    own = ImageProcessor.from_folder(folder)
+    if isinstance(own.tiling, Anyres):
+        raise ConfigError(f"{folder}: its image processor is LLaVA-NeXT's, and its model is not.")
+    if aspect == "square" and isinstance(own.tiling, DynamicTiles):
+        raise ConfigError(
+            f"{folder}: its image processor is for tiles and stretches an image to a square, where "
+            "data.image_aspect = square would crop it; set data.image_aspect to pad, or to tiles with data.max_tiles."
+        )
+    return own if aspect is None else ImageProcessor.from_folder(folder, aspect)
 
 
 def _anyres(folder: Path, tiling: Anyres) -> ImageProcessor:

@@ -50,6 +50,10 @@ def test_a_run_on_tiles_trains_and_its_export_answers_as_transformers_does(
     assistant = load_assistant(result.export, backend="cpu", precision="fp32")
     loaded = LlavaForConditionalGeneration.from_pretrained(result.export)
     processor = AutoProcessor.from_pretrained(result.export)
+    stage = ("model.vision=null", "model.language=null", f"model.path={result.export}", *data)
+    with pytest.raises(ConfigError, match="stretches an image.*set data.image_aspect to pad, or to tiles"):
+        tiny_run(parts, tmp_path / "next", *stage, "data.image_aspect=square")
+    assert tiny_run(parts, tmp_path / "next", *stage, "data.image_aspect=pad").processor is not None
     for picture in pictures(tmp_path):
         said = generated(loaded, processor, picture)
         assert assistant.ask(QUESTION, picture, GenerationSettings(max_new_tokens=NEW_TOKENS)) == said != ""
