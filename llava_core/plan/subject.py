@@ -33,8 +33,8 @@ from llava_core.train.checks import (
     check_trainable,
     moved_to_host,
 )
+from llava_core.train.chosen_model import open_spec
 from llava_core.train.lora import adapters_of, check_lora
-from llava_core.train.prepare import open_spec
 from llava_core.train.stages import pipeline_stages
 
 NO_DATA = "(no data)"

@@ -12,7 +12,7 @@ from llava_core.engine.layout import Layout
 from llava_core.engine.processes import Processes
 from llava_core.plugins import Registry
 from llava_core.train.checks import check_data_settings, check_paths, check_shares
-from llava_core.train.prepare import open_folders
+from llava_core.train.chosen_model import open_folders
 from llava_core.train.run_data import build_data
 from llava_core.train.schedule import Schedule, build_schedule
 

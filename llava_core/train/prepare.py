@@ -12,7 +12,6 @@ import torch
 
 from llava_core.backend import OpSet, Selection
 from llava_core.config import RunConfig
-from llava_core.config.schema import ModelConfig
 from llava_core.data.images import ImageProcessor
 from llava_core.data.loader import StepLoader
 from llava_core.data.templates import Template
@@ -29,7 +28,6 @@ from llava_core.engine.shard import Sharding, part_of, shard_data
 from llava_core.engine.tensor import check_tensor, shard_tensors
 from llava_core.engine.torch_engine import OptimizerSettings, TorchEngine
 from llava_core.model.llava import Llava
-from llava_core.model.spec import ModelSpec
 from llava_core.plugins import Registry
 from llava_core.train.checks import (
     check_backend,
@@ -41,6 +39,7 @@ from llava_core.train.checks import (
     check_trackers,
     check_trainable,
 )
+from llava_core.train.chosen_model import open_model
 from llava_core.train.data import data_share, largest_micro_batch
 from llava_core.train.lora import ADAPTER_FOLDER, adapters_of, check_lora
 from llava_core.train.run_data import build_data
@@ -50,7 +49,7 @@ from llava_core.train.validation import Validation
 from llava_core.weights.adapter_folder import put_adapters, refuse_other_than_adapter
 from llava_core.weights.export import refuse_foreign
 from llava_core.weights.load import PartOf, load_model
-from llava_core.weights.source import ModelFolders, ModelSource, compose, composed_spec, folder_spec, from_folder
+from llava_core.weights.source import ModelSource
 
 EXPORT_FOLDER = "hf"
 """Where in the output folder the trained model is exported to."""
@@ -119,7 +118,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     check_offload(config, hardware)
     mesh = build_mesh(config, processes, hardware)
     seed_everything(config.train.seed, hardware)
-    source = open_source(config.model)
+    source = open_model(config.model)
     trainable = check_trainable(config, source.spec)
     if config.lora is not None:
         source = put_adapters(source, adapters_of(config.lora), config.lora.path, config.train.trainable)
@@ -213,48 +212,6 @@ def arrange(model: Llava, *, config: RunConfig, mesh: Mesh | None, hardware: Har
     arrange_layers(model, Keeping(train.recompute, train.recompute_layers, store, train.compile))
     if mesh is not None:
         shard_data(model, mesh, Sharding.of(config.parallel, hardware.backend))
-
-
-def open_source(config: ModelConfig) -> ModelSource:
-    """The model that the config names. Raises WeightsError."""
-    if config.path is not None:
-        return from_folder(config.path)
-    assert config.vision is not None
-    assert config.language is not None
-    return compose(
-        config.vision,
-        config.language,
-        config.projector,
-        projector_type=config.projector_type,
-        feature_layer=config.vision_feature_layer,
-        feature_select=config.vision_feature_select,
-        image_grid_pinpoints=config.image_grid_pinpoints,
-    )
-
-
-def open_folders(config: ModelConfig) -> ModelFolders:
-    """What the data depends on of the model that the config names, without its weights. Raises WeightsError."""
-    spec = open_spec(config)
-    if config.path is not None:
-        return ModelFolders(spec, config.path, config.path if spec.vision else None)
-    assert config.language is not None
-    return ModelFolders(spec, config.language, config.vision)
-
-
-def open_spec(config: ModelConfig) -> ModelSpec:
-    """The numbers of the model that the config names, without its weights. Raises WeightsError."""
-    if config.path is not None:
-        return folder_spec(config.path)
-    assert config.vision is not None
-    assert config.language is not None
-    return composed_spec(
-        config.vision,
-        config.language,
-        projector_type=config.projector_type,
-        feature_layer=config.vision_feature_layer,
-        feature_select=config.vision_feature_select,
-        image_grid_pinpoints=config.image_grid_pinpoints,
-    )
 
 
 def optimizer_settings(config: RunConfig, trainable: frozenset[str]) -> OptimizerSettings:

@@ -8,20 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from llava_core.data.documents import TEXT
-from llava_core.data.examples import Built, ExampleBuilder, decoded
 from llava_core.data.image_store import ImageStore
 from llava_core.data.readers import reader_name
 from llava_core.data.readers.parquet import ParquetReader
 from llava_core.data.records import EmbeddedImage, Record
-from llava_core.data.sources import Source, Sources
 from llava_core.errors import BadRow, ConfigError, DataError
 from llava_core.testing.datasets import TinyParts
-from llava_core.weights.tokenizer import load_tokenizer
+from tests.unit.data.support import assert_decodes_in_any_order
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -73,19 +69,7 @@ def test_workers_read_on_after_the_trainer_has_read(num_workers: int, parts: Tin
     """pyarrow has threads, which a fork leaves behind."""
     reader = ParquetReader(write(tmp_path / "a.parquet", [{"text": f"Say {n}."} for n in range(40)]))
     reader.read(5)
-    builder = ExampleBuilder(
-        sources=Sources([Source(reader, TEXT)]),
-        tokenizer=load_tokenizer(parts.language),
-        images=None,
-        pad_id=0,
-        vocab_size=320,
-        max_length=64,
-        overlong=None,
-    )
-    rows = np.random.default_rng(0).permutation(40)
-    for row, built in zip(rows, decoded(builder, rows, num_workers), strict=True):
-        assert isinstance(built, Built)
-        assert builder.tokenizer.decode(built.examples[0].tokens, skip_special_tokens=True) == f"Say {row}."
+    assert_decodes_in_any_order(reader, parts, num_workers)
 
 
 def test_a_held_group_is_not_pickled(tmp_path: Path) -> None:
