@@ -84,6 +84,15 @@ def test_length_grouped_steps_are_of_one_modality_but_at_the_end(grouping: Group
         assert abs(lengths[order[0]]) == max(map(abs, lengths))
 
 
+@pytest.mark.parametrize("mult", [1, 2, 4])
+def test_a_group_has_as_many_steps_as_asked(mult: int) -> None:
+    lengths = list(range(1, 65))
+    order = epoch_order("length_grouped", 64, 0, 0, Grouping(lengths, 4, 2, mega_batch_mult=mult))
+    # Each group runs from its longest row to its shortest, but for the first rows of two, which change places.
+    rest = order.reshape(-1, 8 * mult)[:, 1:]
+    assert (rest[:, :-1] > rest[:, 1:]).all()
+
+
 @pytest.mark.parametrize("order", ["shuffled", "modality_length", "length_grouped"])
 def test_epochs_and_seeds_differ(order: Order) -> None:
     lengths = [3 + i % 11 if i % 3 else -(2 + i % 7) for i in range(200)]

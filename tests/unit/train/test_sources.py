@@ -221,3 +221,12 @@ def test_readers_are_named_without_loading_them(
     config = build_config(tiny_settings(parts, tmp_path / "run", f"data.path={tmp_path / 'a.csv'}"))
     with pytest.raises(ConfigError, match=r"no reader is known for .*a\.csv: .* name the reader, one of lacking"):
         open_readers(config, registry, Processes())
+
+
+def test_the_steps_of_a_group_are_the_configs(parts: TinyParts, tmp_path: Path) -> None:
+    of_one, of_two = (
+        tiny_run(parts, tmp_path / f"run{mult}", "data.order=length_grouped", f"data.mega_batch_mult={mult}").loader
+        for mult in (1, 2)
+    )
+    assert sorted(of_one.order(0)) == sorted(of_two.order(0))
+    assert of_one.order(0).tolist() != of_two.order(0).tolist()
