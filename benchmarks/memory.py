@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from train_step import SAMPLES, benchmark_config, make_samples
 
-from llava_core.config.schema import ParallelConfig
+from llava_core.config.parallel import ParallelConfig
 from llava_core.data.batch import Batch
 from llava_core.data.packing import build_batch
 from llava_core.engine.hardware import HOST, Hardware, open_hardware

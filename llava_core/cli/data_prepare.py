@@ -53,7 +53,7 @@ def prepare(
     ] = 0.01,
 ) -> None:
     """Write a data set in another form. Interrupted, the same command goes on from there."""
-    from llava_core.config.data_sets import SourceConfig
+    from llava_core.config.data import SourceConfig
     from llava_core.data.prepare.run import Preparation
     from llava_core.plugins import Registry
     from llava_core.train.data import open_source
@@ -95,7 +95,7 @@ def checked_kind(to: str, given: set[str]) -> Kind:
 
 def webdataset_target(source: Path, images: Path | None) -> Target:
     """Shards of the rows with their images."""
-    from llava_core.config.schema import DataConfig
+    from llava_core.config.data import DataConfig
     from llava_core.data.image_store import ImageStore
     from llava_core.data.prepare.webdataset import WebdatasetTarget
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from llava_core.config.data_sets import SourceConfig, ValidationConfig
+from llava_core.config.data import DataConfig, ValidationConfig
 from llava_core.config.lora import LoraConfig
+from llava_core.config.parallel import ParallelConfig
 from llava_core.config.section import (
     NOT_GIVEN,
     Beta,
@@ -64,88 +65,6 @@ COMPOSED_ONLY = (
     "vision_feature_select",
     "image_grid_pinpoints",
 )
-
-
-class DataConfig(Section):
-    """What is trained on, and how a row becomes tokens: `path` alone, or several `sources`."""
-
-    path: Path | None = Field(None, description="a data file, e.g. LLaVA JSON or JSONL")
-    images: Path | None = Field(None, description="the folder that image paths are relative to")
-    reader: str | None = Field(None, description="a registered reader; by the file's suffix if not given")
-    template: str | None = Field(
-        None,
-        description="a registered conversation template, a YAML file of one, or `tokenizer` for the tokenizer's own; "
-        "v1 if not given, and text where there are no conversations",
-    )
-    split: str | None = Field(None, description="which part of the data set, for a reader that knows parts")
-    sources: tuple[SourceConfig, ...] = Field((), description="several data sets in place of path")
-    image_aspect: Literal["square", "pad", "tiles", "anyres"] = Field(
-        "pad",
-        description="crop to a square, pad to one, or divide: into tiles, or at a LLaVA-NeXT's image_grid_pinpoints",
-    )
-    min_tiles: PositiveInt | None = Field(None, description="with image_aspect tiles: at least so many; 1 if not given")
-    max_tiles: PositiveInt | None = Field(
-        None,
-        description="with image_aspect tiles: at most so many, and the whole image as one more",
-    )
-    max_length: PositiveInt = Field(2048, description="tokens of a sample, its visual tokens included")
-    overlong: Literal["truncate", "drop", "split"] | None = Field(
-        None,
-        description="what becomes of a longer one; if not given, conversations are truncated and documents split",
-    )
-    order: Literal["shuffled", "sequential", "modality_length", "length_grouped"] = Field(
-        "shuffled",
-        description="modality_length: the original LLaVA's grouping by modality and length; length_grouped: XTuner's, "
-        "over groups of several steps",
-    )
-    mega_batch_mult: PositiveInt | None = Field(
-        None,
-        description="with order length_grouped: steps of a group; null: 50, or fewer so that an epoch has four groups",
-    )
-    num_workers: NonNegativeInt = Field(0, description="processes that decode; 0 decodes in the trainer")
-    max_bad_fraction: Fraction = Field(0.01, description="the run stops when more rows than this are unusable")
-    max_image_pixels: PositiveInt = Field(100_000_000, description="larger images are refused before decoding")
-
-    @model_validator(mode="after")
-    def _tiles_have_limits(self) -> DataConfig:
-        if self.image_aspect != "tiles":
-            if self.min_tiles is not None or self.max_tiles is not None:
-                raise ValueError("min_tiles and max_tiles limit image_aspect tiles: leave them out, or set it")
-        elif self.max_tiles is None:
-            raise PydanticCustomError(NOT_GIVEN, "set max_tiles, the limit of image_aspect tiles")
-        elif (self.min_tiles or 1) > self.max_tiles:
-            raise ValueError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_form(self) -> DataConfig:
-        if not self.sources:
-            if self.path is None:
-                raise PydanticCustomError(NOT_GIVEN, "set path (one data set), or sources (several)")
-            return self
-        clashing = [key for key in ("path", "split") if getattr(self, key) is not None]
-        if clashing:
-            raise ValueError(f"sources has several data sets, so {', '.join(clashing)} cannot be set beside it")
-        weighted = [number for number, source in enumerate(self.sources) if source.weight is not None]
-        if weighted and len(weighted) < len(self.sources):
-            raise ValueError(f"sources {weighted} have a weight and others have none: give each one, or none")
-        return self
-
-    @model_validator(mode="after")
-    def _groups_of_length_grouped(self) -> DataConfig:
-        if self.mega_batch_mult is not None and self.order != "length_grouped":
-            raise ValueError(f"mega_batch_mult means nothing under order {self.order}: leave it out")
-        return self
-
-    @property
-    def inputs(self) -> tuple[SourceConfig, ...]:
-        """The data sets, in the one form that both ways to give them become; `template` is left to whoever reads."""
-        if self.path is not None:
-            return (SourceConfig(path=self.path, images=self.images, reader=self.reader, split=self.split),)
-        return tuple(
-            source.model_copy(update={"images": source.images or self.images, "reader": source.reader or self.reader})
-            for source in self.sources
-        )
 
 
 class BatchConfig(Section):
@@ -288,57 +207,6 @@ class BackendConfig(Section):
     )
     threads: PositiveInt | None = Field(None, description="host threads for compute; null lets the backend choose")
     kernels: dict[str, str] = Field(default_factory=dict, description="a kernel for a place in the model, by name")
-
-
-class ParallelConfig(Section):
-    """How a run is spread over its processes: what the other axes leave of them is data parallel."""
-
-    pipeline: PositiveInt = Field(1, description="so many processes have some of the layers each, one after the other")
-    stages: PositiveInt | None = Field(
-        None,
-        description="with pipeline above 1: so many stages, several a process, interleaved; null: one each",
-    )
-    stage_layers: tuple[PositiveInt, ...] | None = Field(
-        None, description="with pipeline above 1: decoder layers of each stage; null balances their work"
-    )
-    tensor: PositiveInt = Field(1, description="so many processes share each matrix of the language model")
-    sequence: bool = Field(True, description="with tensor above 1: its norms and residuals are split by tokens, too")
-    context: PositiveInt = Field(
-        1, description="so many processes share the tokens of each micro-batch, and weights as with `data`"
-    )
-    data: Literal["full", "grad", "replicate"] = Field(
-        "full",
-        description="what data-parallel processes share: weights, gradients and optimizer state; all but the weights "
-        "between forward and backward; or nothing",
-    )
-    replicas: PositiveInt | None = Field(
-        None, description="with full or grad: so many groups of processes that each share a whole copy (hybrid)"
-    )
-    reduce_dtype: Literal["fp32", "bf16"] = Field("fp32", description="in which gradients are summed over processes")
-    offload: bool = Field(
-        False, description="keep weights, gradients and optimizer state in the host's memory, where the update runs"
-    )
-
-    @model_validator(mode="after")
-    def _stages_of_a_pipeline(self) -> ParallelConfig:
-        if self.pipeline == 1 and (self.stages or self.stage_layers):
-            raise ValueError("stages and stage_layers divide a pipeline: leave them out, or set pipeline above 1")
-        if self.num_stages % self.pipeline:
-            raise ValueError(f"stages = {self.stages}: {self.pipeline} processes cannot have equally many each")
-        if self.stage_layers is not None and len(self.stage_layers) != self.num_stages:
-            raise ValueError(f"stage_layers has {len(self.stage_layers)} numbers, for {self.num_stages} stages")
-        return self
-
-    @property
-    def num_stages(self) -> int:
-        """Into how many the layers are divided."""
-        return self.stages or self.pipeline
-
-    @model_validator(mode="after")
-    def _copies_are_groups(self) -> ParallelConfig:
-        if self.replicas is not None and self.data == "replicate":
-            raise ValueError("replicas groups processes that share a copy: leave it out with data = replicate")
-        return self
 
 
 class RunConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from llava_core.config.schema import ParallelConfig
+from llava_core.config.parallel import ParallelConfig
 from llava_core.errors import ConfigError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")

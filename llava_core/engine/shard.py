@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
 )
 
 from llava_core.backend import Backend
-from llava_core.config.schema import ParallelConfig
+from llava_core.config.parallel import ParallelConfig
 from llava_core.engine.mesh import Mesh
 from llava_core.engine.parts import Region, laid_out_like, local_part
 from llava_core.model.llava import Llava

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llava_core.config import RunConfig
-from llava_core.config.schema import DataConfig
+from llava_core.config.data import DataConfig
 from llava_core.data.batch import Example
 from llava_core.data.examples import Built, build_or_reject, in_workers, naming_killed_workers
 from llava_core.data.loader import StepLoader

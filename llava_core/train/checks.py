@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.config import RunConfig
-from llava_core.config.data_sets import SourceConfig
-from llava_core.config.schema import DataConfig
+from llava_core.config.data import DataConfig, SourceConfig
 from llava_core.data.piece_template import template_file
 from llava_core.data.readers import names_a_pair
 from llava_core.data.records import IMAGE_MARK

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from llava_core.config import RunConfig
-from llava_core.config.data_sets import SourceConfig
-from llava_core.config.schema import DataConfig
+from llava_core.config.data import DataConfig, SourceConfig
 from llava_core.data.examples import ExampleBuilder
 from llava_core.data.held_out import trained_on
 from llava_core.data.image_side import ImageSide

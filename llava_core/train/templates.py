@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_core.config.schema import DataConfig
+from llava_core.config.data import DataConfig
 from llava_core.data.documents import TEXT
 from llava_core.data.readers import Reader
 from llava_core.data.readers.tokens import TokensReader

@@ -10,8 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from llava_core.config import RunConfig
-from llava_core.config.data_sets import ValidationConfig
-from llava_core.config.schema import DataConfig
+from llava_core.config.data import DataConfig, ValidationConfig
 from llava_core.data.documents import TEXT
 from llava_core.data.held_out import held_out
 from llava_core.data.loader import StepLoader

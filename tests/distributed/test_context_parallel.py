@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from llava_core.backend import MaskSpec
 from llava_core.backend.ops import CATALOGUE
-from llava_core.config.schema import ParallelConfig
+from llava_core.config.parallel import ParallelConfig
 from llava_core.data.batch import Batch, Labelled
 from llava_core.data.packing import filler_batch
 from llava_core.engine.context import Chunks, attend, own_labels, share_sequences

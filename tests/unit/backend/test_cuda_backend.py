@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llava_core.backend import KernelSpec, MaskFacts, OpRequest
-from llava_core.config.schema import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from llava_core.config.data import DataConfig
+from llava_core.config.schema import BatchConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from llava_core.errors import BackendUnavailable
 from llava_cuda import backend, devices, kernels, probing
 from llava_cuda.backend import CudaBackend

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from llava_core.backend import World
+from llava_core.config.data import DataConfig
 from llava_core.config.schema import (
     BatchConfig,
-    DataConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,

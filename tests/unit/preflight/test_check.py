@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from llava_core.config import RunConfig
-from llava_core.config.data_sets import SourceConfig, ValidationConfig
+from llava_core.config.data import SourceConfig, ValidationConfig
 from llava_core.data.batch import Counts
 from llava_core.data.loader import StepLoader
 from llava_core.data.quarantine import Quarantine

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_core.config import RunConfig, build_config
-from llava_core.config.schema import ParallelConfig
+from llava_core.config.parallel import ParallelConfig
 from llava_core.engine.layout import Layout
 from llava_core.engine.pipeline import num_micro_batches
 from llava_core.errors import ConfigError
