@@ -129,6 +129,7 @@ class Meeting:
         except distributed.DistError:
             if self.plan.node_rank == 0 or not failures:
                 self._end = self._end or End(f"the launcher of node 0, at {self.plan.master_addr}, is gone", 1)
+        self._others = []  # node 0 may leave now, and that its store is gone says nothing
         return Outcome(codes, failures)
 
     def _await_place(self, plan: Plan, say: Callable[[str], None]) -> None:

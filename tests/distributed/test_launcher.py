@@ -7,11 +7,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from llava_core.launch import meeting
+from llava_core.launch.meeting import BEAT_SECONDS, Meeting, Outcome
 from llava_core.launch.plan import Plan
 from tests.distributed.launching import SAVES, World, await_true, free_port
 
@@ -70,6 +72,19 @@ distributed.destroy_process_group()
     two_machines(world, program)
     assert [machine.wait() for machine in world.machines] == [0, 0], world.machines[0].printed
     assert world.find("found", (0, 1)) == ["[0, 1]", "[0, 1]"]
+
+
+def test_a_machine_that_has_left_needs_the_store_no_more() -> None:
+    port = free_port()
+    plans = [Plan(1, 2, node_rank, "127.0.0.1", port) for node_rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda plan: Meeting(plan, print), plans)
+        done = Outcome([0], [])
+        outcomes = list(threads.map(lambda each: each.leave(done, 10, lambda: False), (first, second)))
+    assert [outcome.codes for outcome in outcomes] == [[0, 0], [0, 0]]
+    del first  # and with it the store
+    time.sleep(BEAT_SECONDS)
+    assert second.ended is None
 
 
 @pytest.mark.parametrize("code", [1, 2])
