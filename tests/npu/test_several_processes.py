@@ -1,4 +1,4 @@
-"""Two processes on two NPUs, started as a user starts them: HCCL, sharded weights, and the numbers of one process."""
+"""Two processes on two NPUs: HCCL, sharded weights, and the numbers of one process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llava_core.testing.datasets import TinyParts, tiny_parts
+from tests.forked_command import run_forked
 
 pytestmark = pytest.mark.npu
 
@@ -20,9 +21,6 @@ TOLERANCE = 2e-6
 
 STOPPED = 3
 SAVES = (f"checkpoint.every_steps={STOPPED}", "checkpoint.keep=null", "checkpoint.asynchronous=true")
-ONE_HOST = ("--backend", "cpu")
-ONE = ("--backend", "npu")
-TWO = ("--backend", "npu", "--nproc", "2")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +30,19 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
 
 @pytest.fixture(scope="module")
 def alone(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(parts, tmp_path_factory.mktemp("alone") / "run", *ONE)
+    return train(parts, tmp_path_factory.mktemp("alone") / "run")
 
 
 @pytest.fixture(scope="module")
 def spread(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sharded over two NPUs, and saved."""
-    return train(parts, tmp_path_factory.mktemp("spread") / "run", *TWO, *SAVES)
+    """Sharded over two NPUs, and saved; started as a user starts it."""
+    output = tmp_path_factory.mktemp("spread") / "run"
+    command = [sys.executable, "-m", "llava_core", "train", settings(parts, output), *SAVES]
+    done = subprocess.run(
+        [*command, "--backend", "npu", "--nproc", "2"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +51,17 @@ def two_devices(device: torch.device) -> None:
         pytest.skip("two processes need two devices")
 
 
-def train(parts: TinyParts, output: Path, *arguments: str) -> Path:
-    """The folder of `llava-core train`, and beside it what was printed."""
+def settings(parts: TinyParts, output: Path) -> str:
+    """A config's file."""
     config = output.with_suffix(".yaml")
     config.write_text(json.dumps(parts.settings(output)))  # JSON is YAML
-    command = [sys.executable, "-m", "llava_core", "train", str(config), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    output.with_suffix(".log").write_text(done.stdout)
+    return str(config)
+
+
+def train(parts: TinyParts, output: Path, *arguments: str, nproc: int = 1, backend: str = "npu") -> Path:
+    """The folder of `llava-core train`, and beside it what was printed."""
+    command = ["train", settings(parts, output), "--backend", backend, *arguments]
+    run_forked(command, output.with_suffix(".log"), nproc=nproc)
     return output
 
 
@@ -74,7 +81,7 @@ def test_two_processes_have_the_numbers_of_one(spread: Path, alone: Path) -> Non
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=2"])
 def test_so_they_have_where_they_share_more(layout: str, alone: Path, parts: TinyParts, tmp_path: Path) -> None:
-    assert_same_numbers(train(parts, tmp_path / "run", *TWO, layout), alone)
+    assert_same_numbers(train(parts, tmp_path / "run", layout, nproc=2), alone)
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
@@ -82,32 +89,32 @@ def test_so_they_have_where_the_host_keeps_everything(
     layout: str, alone: Path, parts: TinyParts, tmp_path: Path
 ) -> None:
     kept = ("parallel.offload=true", "train.offload_activations=true", "train.recompute=selective")
-    assert_same_numbers(train(parts, tmp_path / "run", *TWO, layout, *kept), alone)
+    assert_same_numbers(train(parts, tmp_path / "run", layout, *kept, nproc=2), alone)
 
 
 def test_weights_on_the_host_change_no_bit(spread: Path, parts: TinyParts, tmp_path: Path) -> None:
-    found = train(parts, tmp_path / "run", *TWO, "parallel.offload=true")
+    found = train(parts, tmp_path / "run", "parallel.offload=true", nproc=2)
     for key in ("loss", "grad_norm"):
         assert column(found, key) == column(spread, key)
     (exported,), (expected,) = ((run / "hf").glob("*.safetensors") for run in (found, spread))
     assert exported.read_bytes() == expected.read_bytes()
 
 
-def goes_on(parts: TinyParts, whole: Path, output: Path, *arguments: str) -> Path:
+def goes_on(parts: TinyParts, whole: Path, output: Path, *, nproc: int = 1, backend: str = "npu") -> Path:
     """A run that was stopped where `whole` had saved, and given another command."""
     name = f"checkpoints/step-{STOPPED:08d}"
     shutil.copytree(whole / name, output / name)
     shutil.copy(whole / "metrics.jsonl", output)
-    train(parts, output, *arguments)
+    train(parts, output, nproc=nproc, backend=backend)
     assert f"resumed after step {STOPPED}" in output.with_suffix(".log").read_text()
     assert column(output, "loss")[:STOPPED] == column(whole, "loss")[:STOPPED]
     return output
 
 
 def test_one_host_goes_on_from_two_npus(spread: Path, alone: Path, parts: TinyParts, tmp_path: Path) -> None:
-    assert_same_numbers(goes_on(parts, spread, tmp_path / "run", *ONE_HOST), alone)
+    assert_same_numbers(goes_on(parts, spread, tmp_path / "run", backend="cpu"), alone)
 
 
 def test_two_npus_go_on_from_one_host(alone: Path, parts: TinyParts, tmp_path: Path) -> None:
-    whole = train(parts, tmp_path / "whole", *ONE_HOST, *SAVES)
-    assert_same_numbers(goes_on(parts, whole, tmp_path / "run", *TWO), alone)
+    whole = train(parts, tmp_path / "whole", *SAVES, backend="cpu")
+    assert_same_numbers(goes_on(parts, whole, tmp_path / "run", nproc=2), alone)
