@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llava_core.data.batch import Counts, Example
+from llava_core.data.batch import Batch, Counts, Example
 from llava_core.data.loader import Batching
 from llava_core.data.packing import pack_samples
 from llava_core.data.readers.index import IntArray
@@ -127,7 +127,7 @@ def modes() -> Iterator[Mode]:
     for num_shares in (1, 4):
         fill = partial(num_micro_batches, num_processes=2, interleaved=False)
         for size in (8192, 16384):
-            fixed = Batching(GLOBAL_SIZE, size, None, 0, 1, num_tokens=size, num_batches=fill)
+            fixed = Batching(GLOBAL_SIZE, size, None, 0, 1, one_size=True, num_batches=fill)
             yield Mode(f"pipeline of 2, micro_tokens {size}", "modality_length", num_shares, fixed)
 
 
@@ -159,9 +159,11 @@ def measure(mode: Mode, rows: Drawn) -> Found:
     total, num_batches, most, mean = Counts(), 0, 0.0, 0.0
     for start in range(0, NUM_ROWS, GLOBAL_SIZE):
         step = slice(start, start + GLOBAL_SIZE)
-        own = [_step_counts(batching, rows, order[step][share[step]]) for share in shares]
-        each = batching.num_batches(max(number for _, number in own))
-        own_counts = [counts + _padding(batching, each - number) for counts, number in own]
+        every = _micro_batches(batching, [_examples(rows, order[step][share[step]]) for share in shares])
+        each = batching.num_batches(max(map(len, every)))
+        own_counts = [
+            sum((batch.counts for batch in (*own, *batching.fillers(each - len(own), own))), Counts()) for own in every
+        ]
         computed = [counts.tokens + counts.pad_tokens for counts in own_counts]
         total, num_batches = sum(own_counts, total), num_batches + each * len(shares)
         most, mean = most + max(computed), mean + sum(computed) / len(computed)
@@ -169,14 +171,18 @@ def measure(mode: Mode, rows: Drawn) -> Found:
     return Found(total.tokens / (total.tokens + total.pad_tokens), total.tokens / room, most / mean)
 
 
-def _step_counts(batching: Batching, rows: Drawn, own: IntArray) -> tuple[Counts, int]:
-    """What a process's micro-batches of a step hold, and how many they are."""
-    batches = batching.split([_example(int(rows.lengths[row]), bool(rows.has_image[row])) for row in own])
-    return sum((batch.counts for batch in batches), Counts()), len(batches)
+def _micro_batches(batching: Batching, examples: Sequence[Sequence[Example]]) -> list[tuple[Batch, ...]]:
+    """Of a step's examples, by process."""
+    lengths = [[example.length for example in own] for own in examples]
+    groups = [batching.groups(own) for own in lengths]
+    if batching.one_size:
+        least = max(map(len, groups))
+        groups = [batching.even_groups(own, least) for own in lengths]
+    return [batching.build(own, formed) for own, formed in zip(examples, groups, strict=True)]
 
 
-def _padding(batching: Batching, count: int) -> Counts:
-    return sum((batch.counts for batch in batching.fillers(count)), Counts())
+def _examples(rows: Drawn, own: IntArray) -> list[Example]:
+    return [_example(int(rows.lengths[row]), bool(rows.has_image[row])) for row in own]
 
 
 def _example(length: int, has_image: bool) -> Example:

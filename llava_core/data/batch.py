@@ -157,6 +157,11 @@ class Batch:
     feature_index: Tensor | None = None
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.cu_seqlens_host[-1]
+
+    @property
     def image_starts(self) -> list[int]:
         """The first position of each image."""
         firsts = [0, *accumulate(self.visual_tokens)][:-1]

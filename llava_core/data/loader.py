@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_core.data.batch import Batch, Counts, Example, Labelled
 from llava_core.data.examples import Built, ExampleBuilder, Rejected, decoded
-from llava_core.data.packing import build_batch, filler_batch, lengthened, pack_samples, pad_samples
+from llava_core.data.packing import build_batch, filler_batch, lengthened, pack_evenly, pack_samples, pad_samples
 from llava_core.data.quarantine import Quarantine
 from llava_core.data.readers.index import IntArray
 from llava_core.data.share import WHOLE, News, Share, exchange
@@ -43,7 +43,7 @@ class Batching:
     """How a step's samples become micro-batches; exactly one of the two sizes is set.
 
     Attributes:
-        num_tokens: of every micro-batch, fillers included; None where they may differ.
+        one_size: whether a process's micro-batches of a step are equally long, fillers included.
         num_batches: how many a step must have, from how many its samples fill.
     """
 
@@ -52,7 +52,7 @@ class Batching:
     micro_size: int | None
     pad_id: int
     image_size: int
-    num_tokens: int | None = None
+    one_size: bool = False
     num_batches: Callable[[int], int] = as_many
 
     @property
@@ -60,44 +60,54 @@ class Batching:
         """Samples that go to one process together: a padded micro-batch. Packed ones are formed of what it has."""
         return self.micro_size or 1
 
-    def split(self, examples: Sequence[Example]) -> tuple[Batch, ...]:
-        """The micro-batches of these examples."""
-        return tuple(
-            self._sized(
-                build_batch(
-                    [examples[i] for i in group],
-                    pad_id=self.pad_id,
-                    image_size=self.image_size,
-                    padded=self.micro_size is not None,
-                )
-            )
-            for group in self.groups([example.length for example in examples])
-        )
-
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Which samples of these lengths share a micro-batch."""
+        """Which samples of these lengths share a micro-batch: as few as they fill."""
         if self.micro_tokens is not None:
             return pack_samples(lengths, self.micro_tokens)
         assert self.micro_size is not None
         return pad_samples(len(lengths), self.micro_size)
 
-    def num_positions(self, lengths: Sequence[int]) -> int:
-        """How many tokens a micro-batch of samples of these lengths computes, padding included."""
-        if self.num_tokens is not None:
-            return self.num_tokens
-        return sum(lengths) if self.micro_size is None else len(lengths) * max(lengths)
+    def even_groups(self, lengths: Sequence[int], least: int) -> list[list[int]]:
+        """As `groups`, but packed ones about equally long, for a step in which the samples of one process fill
+        `least`, and those of no other more."""
+        if self.micro_tokens is None:
+            return self.groups(lengths)
+        return pack_evenly(lengths, self.micro_tokens, self.num_batches(least))
 
-    @property
-    def filler_positions(self) -> int:
-        """How many tokens a micro-batch without samples computes."""
-        return self.num_tokens or 1
+    def build(self, examples: Sequence[Example], groups: Sequence[Sequence[int]]) -> tuple[Batch, ...]:
+        """The micro-batches of examples that are so grouped."""
+        batches = tuple(
+            build_batch(
+                [examples[i] for i in group],
+                pad_id=self.pad_id,
+                image_size=self.image_size,
+                padded=self.micro_size is not None,
+            )
+            for group in groups
+        )
+        if not self.one_size:
+            return batches
+        longest = max((batch.num_tokens for batch in batches), default=0)
+        return tuple(lengthened(batch, longest, self.pad_id) for batch in batches)
 
-    def fillers(self, count: int) -> tuple[Batch, ...]:
-        """Micro-batches without samples, so that every process has equally many."""
-        return (self._sized(filler_batch(self.pad_id, self.image_size)),) * count if count else ()
+    def fillers(self, count: int, beside: Sequence[Batch]) -> tuple[Batch, ...]:
+        """Micro-batches without samples, so that every process has equally many, beside those that have some."""
+        filler = filler_batch(self.pad_id, self.image_size)
+        if self.one_size and beside:
+            filler = lengthened(filler, beside[0].num_tokens, self.pad_id)
+        return (filler,) * count
 
-    def _sized(self, batch: Batch) -> Batch:
-        return batch if self.num_tokens is None else lengthened(batch, self.num_tokens, self.pad_id)
+    def num_positions(self, groups: Sequence[Sequence[int]], num_batches: int) -> int:
+        """How many tokens a process computes in a step, padding included.
+
+        Args:
+            groups: the lengths of each micro-batch's samples.
+            num_batches: those and the fillers.
+        """
+        sizes = [sum(lengths) if self.micro_size is None else len(lengths) * max(lengths) for lengths in groups]
+        if self.one_size:
+            return max(sizes, default=1) * num_batches
+        return sum(sizes) + num_batches - len(sizes)
 
 
 class StepLoader:
@@ -208,7 +218,11 @@ class StepLoader:
         """The step of these rows, of which `results` are this process's."""
         built = [result for result in results if isinstance(result, Built)]
         examples = [example for one in built for example in one.examples]
-        batches = self.batching.split(examples) if examples else ()
+        lengths = [example.length for example in examples]
+        groups = self.batching.groups(lengths)
+        if self.batching.one_size:
+            groups = self.batching.even_groups(lengths, max(1, *self.share.gather(len(groups))))
+        batches = self.batching.build(examples, groups)
         own = News(
             index=self.share.index,
             counts=sum((batch.counts for batch in batches), Counts()),
@@ -222,7 +236,7 @@ class StepLoader:
         self.position += len(rows)
         self._count_rows(sum(news.num_good for news in every), [bad for news in every for bad in news.rejected], rows)
         most = max(news.num_batches for news in every)
-        fillers = self.batching.fillers(self.batching.num_batches(most) - len(batches)) if most else ()
+        fillers = self.batching.fillers(self.batching.num_batches(most) - len(batches), batches) if most else ()
         counts = sum((news.counts for news in every), Counts())
         self.tokens += counts.tokens
         return Step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -38,6 +38,54 @@ def pack_samples(lengths: Sequence[int], budget: int) -> list[list[int]]:
         room[slot] -= length
         if room[slot] < shortest:
             del room[slot]
+    return _in_order(packs)
+
+
+def pack_evenly(lengths: Sequence[int], budget: int, most: int) -> list[list[int]]:
+    """As `pack_samples`, but into up to `most` micro-batches about equally long.
+
+    The longest first, each into the shortest micro-batch (Graham 1969: the longest is at most 4/3 of the optimum); then
+    the longest and the shortest exchange samples for as long as that brings them closer. Where this leaves one above
+    the budget, which happens with few samples in each, they are as `pack_samples` has them.
+
+    Args:
+        most: not below what `pack_samples` needs.
+    """
+    packs: list[list[int]] = [[] for _ in range(most)]
+    fills = [0] * most
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        shortest = fills.index(min(fills))
+        packs[shortest].append(index)
+        fills[shortest] += lengths[index]
+    while True:
+        longest, shortest = fills.index(max(fills)), fills.index(min(fills))
+        exchange = _best_exchange(lengths, packs[longest], packs[shortest])
+        if exchange is None:
+            break
+        given, taken, moved = exchange
+        packs[longest] = [index for index in packs[longest] if index not in given] + taken
+        packs[shortest] = [index for index in packs[shortest] if index not in taken] + given
+        fills[longest] -= moved
+        fills[shortest] += moved
+    if max(fills) > budget:
+        return pack_samples(lengths, budget)
+    return _in_order(pack for pack in packs if pack)
+
+
+def _best_exchange(
+    lengths: Sequence[int], longer: Sequence[int], shorter: Sequence[int]
+) -> tuple[list[int], list[int], int] | None:
+    """A sample of the longer pack for one of the shorter, or for none, that brings the two closest to each other: what
+    is given, what is taken, and the tokens that move; None where nothing brings them closer."""
+    gap = sum(lengths[i] for i in longer) - sum(lengths[i] for i in shorter)
+    ways = (([i], taken) for i in longer for taken in ([], *([j] for j in shorter)))
+    moves = ((given, taken, lengths[given[0]] - sum(lengths[j] for j in taken)) for given, taken in ways)
+    closer = [move for move in moves if 0 < move[2] < gap]
+    return min(closer, key=lambda move: abs(gap - 2 * move[2]), default=None)
+
+
+def _in_order(packs: Iterable[list[int]]) -> list[list[int]]:
+    """Micro-batches, and samples in them, in the order of the step's samples."""
     return sorted((sorted(pack) for pack in packs), key=lambda pack: pack[0])
 
 
@@ -96,9 +144,8 @@ def filler_batch(pad_id: int, image_size: int) -> Batch:
 
 def lengthened(batch: Batch, num_tokens: int, pad_id: int) -> Batch:
     """The micro-batch with padding at its end, a sample of its own, so that it has `num_tokens` tokens."""
-    length = batch.cu_seqlens_host[-1]
-    missing = num_tokens - length
-    assert missing >= 0, f"{length} tokens in a micro-batch of at most {num_tokens}"
+    missing = num_tokens - batch.num_tokens
+    assert missing >= 0, f"{batch.num_tokens} tokens in a micro-batch of at most {num_tokens}"
     if missing == 0:
         return batch
     boundaries = (*batch.cu_seqlens_host, num_tokens)

@@ -3,7 +3,7 @@
 PyTorch's schedules decide who computes what when: 1F1B (arXiv:2104.04473), where each process has one stage, and its
 interleaved kind, where each has several. Between stages goes the stream between two layers, in micro-batches of one
 size, so that no process need be told what it will receive. Labels and lengths do not travel: every process of a
-pipeline reads the same samples. The head's loss is the last stage's output.
+pipeline reads the same samples, and so knows each step's size. The head's loss is the last stage's output.
 
 Within a step PyTorch keeps a stage's weights gathered from its first backward pass on, and sums gradients over
 data-parallel processes once, after its last; interleaved stages are gathered whole.
@@ -44,19 +44,14 @@ def num_micro_batches(least: int, num_processes: int, *, interleaved: bool) -> i
 class Pipeline:
     """This process's stages of a model, and the way of micro-batches through them."""
 
-    def __init__(self, stages: Sequence[Llava], mesh: Mesh, device: torch.device, num_tokens: int) -> None:
+    def __init__(self, stages: Sequence[Llava], mesh: Mesh, device: torch.device) -> None:
         """
         Args:
             stages: in their order; the processes of a pipeline take turns.
-            num_tokens: T, of every micro-batch.
         """
         self.stages = stages
         self._mesh = mesh
         self._device = device
-        shared = mesh.layout.context > 1
-        self._num_tokens = 2 * Chunks.of(num_tokens, mesh.devices["cp"]).length if shared else num_tokens
-        self._schedule: Schedule1F1B | ScheduleInterleaved1F1B | None = None
-        self._num_batches = 0
         self._loss_scale = 1.0
         self._coming: dict[Llava, Iterator[MicroBatch]] = {}
         for stage in stages:
@@ -65,20 +60,17 @@ class Pipeline:
     def backward(self, micro_batches: Sequence[MicroBatch], loss_scale: float) -> Tensor:
         """Add the gradients of all micro-batches' losses, times the scale, to those of this process's parameters.
 
+        Args:
+            micro_batches: equally long.
+
         Returns:
             The sum of the losses, on the process with the last stage; 0 on the others.
         """
-        if len(micro_batches) != self._num_batches:
-            self._schedule, self._num_batches = self._build_schedule(len(micro_batches)), len(micro_batches)
-        assert self._schedule is not None
-        return self._run(self._schedule.step, micro_batches, loss_scale)
+        return self._run(self._build_schedule(micro_batches).step, micro_batches, loss_scale)
 
     def forward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """The sum of the losses as `backward` gives it, without gradients.
-
-        The schedule is one of its own, which is not kept: torch's keeps each micro-batch's stream to the next step.
-        """
-        return self._run(self._build_schedule(len(micro_batches)).eval, micro_batches, 1.0)
+        """The sum of the losses as `backward` gives it, without gradients."""
+        return self._run(self._build_schedule(micro_batches).eval, micro_batches, 1.0)
 
     def _run(self, take: Callable[..., Any], micro_batches: Sequence[MicroBatch], loss_scale: float) -> Tensor:
         self._loss_scale = loss_scale
@@ -122,7 +114,9 @@ class Pipeline:
             batch = replace(batch, pixels=batch.pixels[:0])  # not worth a copy to the device
         return batch.to(self._device), weights.to(self._device, non_blocking=True), *stream
 
-    def _build_schedule(self, num_batches: int) -> Schedule1F1B | ScheduleInterleaved1F1B:
+    def _build_schedule(self, micro_batches: Sequence[MicroBatch]) -> Schedule1F1B | ScheduleInterleaved1F1B:
+        """One for this step alone: torch's knows number and size, and keeps each micro-batch's stream to the next."""
+        num_batches, length = len(micro_batches), self._stream_length(micro_batches)
         devices, size = self._mesh.devices, self._mesh.layout.pipeline
         first, count = devices.get_local_rank("pp"), len(self.stages)
         stages = [
@@ -131,8 +125,8 @@ class Pipeline:
                 first + place * size,
                 count * size,
                 self._device,
-                input_args=() if model.stage.is_first else self._stream(model),
-                output_args=torch.empty((), device="meta") if model.stage.is_last else self._stream(model),
+                input_args=() if model.stage.is_first else _stream(model, length),
+                output_args=torch.empty((), device="meta") if model.stage.is_last else _stream(model, length),
                 group=devices.get_group("pp"),
             )
             for place, model in enumerate(self.stages)
@@ -141,10 +135,18 @@ class Pipeline:
             return ScheduleInterleaved1F1B(stages, num_batches, self._scaled, scale_grads=False)  # type: ignore[arg-type]
         return Schedule1F1B(stages[0], num_batches, self._scaled, scale_grads=False)
 
-    def _stream(self, model: Llava) -> Tensor:
-        """What passes between stages, without memory: its shape and dtype."""
-        width = model.spec.text.hidden_size
-        return torch.empty(self._num_tokens, width, dtype=model.compute_dtype, device="meta", requires_grad=True)
+    def _stream_length(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Tokens of a micro-batch that pass between stages."""
+        lengths = {batch.num_tokens for batch, _ in micro_batches}
+        assert len(lengths) == 1, f"micro-batches of {sorted(lengths)} tokens in one step of a pipeline"
+        (length,) = lengths
+        return 2 * Chunks.of(length, self._mesh.devices["cp"]).length if self._mesh.layout.context > 1 else length
 
     def _scaled(self, loss: Tensor, _: Tensor) -> Tensor:
         return loss * self._loss_scale
+
+
+def _stream(model: Llava, length: int) -> Tensor:
+    """What passes between stages, without memory: its shape and dtype."""
+    width = model.spec.text.hidden_size
+    return torch.empty(length, width, dtype=model.compute_dtype, device="meta", requires_grad=True)

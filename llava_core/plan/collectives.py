@@ -24,7 +24,8 @@ NAMES = {
 """The kinds by torch's names; others are called as torch calls them."""
 
 HANDSHAKE_BYTES = 8
-"""In its first step a pipeline's neighbours send each other a number; what they send in every step is larger."""
+"""As each step begins, a pipeline's neighbours send each other a number, which is not listed; what else they send is
+larger."""
 
 ALL = "all"
 """The axis of what all processes do together."""

@@ -98,11 +98,11 @@ def estimate(subject: Subject, layout: Layout, rank: int, step: PlannedStep) -> 
         # Micro-batches are alike, save the last; in a pipeline the more there are, up to its depth, the more are kept.
         simulated = step.micro_batches if layout.pipeline > 1 else min(step.micro_batches, 2)
         with simulation.running():
-            engine, kernels = weightless_engine(subject, mesh, simulation, step.micro_tokens)
+            engine, kernels = weightless_engine(subject, mesh, simulation)
             give_optimizer_state(engine, ledger)
             run_step(engine, simulation, on_device(batch, subject.spec, simulation), simulated)
         config = subject.config
-        sample = planned_batch(subject.spec, replace(step, micro_samples=1, room=None))
+        sample = planned_batch(subject.spec, replace(step, micro_samples=1))
         flops = step_flops(subject.spec, config.train.trainable, [sample], subject.adapters) * config.batch.global_size
         named = (named for stage in engine.stages for named in stage.named_parameters())
         return Estimate(
@@ -121,7 +121,7 @@ def estimate(subject: Subject, layout: Layout, rank: int, step: PlannedStep) -> 
 
 
 def weightless_engine(
-    subject: Subject, mesh: Mesh | None, simulation: Simulation, num_tokens: int
+    subject: Subject, mesh: Mesh | None, simulation: Simulation
 ) -> tuple[TorchEngine, dict[str, str]]:
     """The run's engine with parameters that have no memory, and the kernel of each place."""
     config, spec, dtype = subject.config, subject.spec, subject.dtype
@@ -136,7 +136,6 @@ def weightless_engine(
         dtype,
         Hardware(subject.backend, torch.device(HOST)),
         mesh,
-        num_tokens=num_tokens,
         part_of=partial(weightless_part, simulation),
     )
     for stage in engine.stages:

@@ -11,7 +11,7 @@ import torch
 from llava_core.config import RunConfig
 from llava_core.data.batch import NEWLINE, Batch, Example, Merge
 from llava_core.data.loader import as_many
-from llava_core.data.packing import build_batch, lengthened
+from llava_core.data.packing import build_batch
 from llava_core.data.tiles import Division, Tiling
 from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
@@ -28,8 +28,6 @@ class PlannedStep:
         sample_tokens: text and image tokens of each sample.
         micro_samples: samples of a micro-batch.
         own_samples: of this process in a step.
-        sample_room: tokens that a micro-batch has for each sample where it is always as long as it may be.
-        room: tokens of every micro-batch then; None where it is as long as its samples.
         fill: how many micro-batches there are where so many would do.
         tiling: how the samples' images are divided; None: not at all.
     """
@@ -37,8 +35,6 @@ class PlannedStep:
     sample_tokens: int
     micro_samples: int
     own_samples: int
-    sample_room: int = field(default=0, compare=False)
-    room: int | None = None
     fill: Callable[[int], int] = field(default=as_many, compare=False, repr=False)
     tiling: Tiling | None = None
 
@@ -67,15 +63,8 @@ class PlannedStep:
         chunk = batch.micro_size or 1
         own = -(-(batch.global_size // chunk) // layout.data) * chunk
         micro = min(micro, own)
-        asked = pipelined(config)
-        sample_room = length if batch.micro_size is None else longest
-        room, fill = asked.get("num_tokens"), asked.get("num_batches", as_many)
-        return cls(length, micro, own, sample_room, room, fill, dynamic_tiles(config.data))
-
-    def with_micro_samples(self, micro_samples: int) -> PlannedStep:
-        """The same samples in micro-batches of another size."""
-        room = None if self.room is None else micro_samples * self.sample_room
-        return replace(self, micro_samples=micro_samples, room=room)
+        fill = pipelined(config).get("num_batches", as_many)
+        return cls(length, micro, own, fill, dynamic_tiles(config.data))
 
     @property
     def micro_batches(self) -> int:
@@ -84,8 +73,8 @@ class PlannedStep:
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of a micro-batch, padding included."""
-        return self.room or self.micro_samples * self.sample_tokens
+        """Tokens of a micro-batch."""
+        return self.micro_samples * self.sample_tokens
 
 
 def planned_batch(spec: ModelSpec, step: PlannedStep) -> Batch:
@@ -103,8 +92,7 @@ def planned_batch(spec: ModelSpec, step: PlannedStep) -> Batch:
         visual_tokens=(image.visual_tokens,) if image else (),
         merge=_merge(image, spec.vision.visual_tokens) if image and spec.vision and spec.image_grid_pinpoints else None,
     )
-    batch = build_batch([example] * step.micro_samples, pad_id=0, image_size=1)
-    return batch if step.room is None else lengthened(batch, step.room, pad_id=0)
+    return build_batch([example] * step.micro_samples, pad_id=0, image_size=1)
 
 
 def _merge(image: Division, tile_tokens: int) -> Merge:

@@ -72,15 +72,15 @@ class EpochReplay:
     def _micro_batches(self, lengths: list[list[int]]) -> tuple[int, int]:
         """The positions and the micro-batches of a step, whose processes have samples of these lengths."""
         batching = self._batching
-        groups = [batching.groups(own) if own else [] for own in lengths]
-        most = max(map(len, groups))
-        if not most:
+        packed = [batching.groups(own) for own in lengths]
+        least = max(map(len, packed))
+        if not least:
             return 0, 0
-        each = batching.num_batches(most)
+        if batching.one_size:
+            packed = [batching.even_groups(own, least) for own in lengths]
+        each = batching.num_batches(max(map(len, packed)))
         positions = sum(
-            batching.num_positions([own[i] for i in group])
-            for own, of_share in zip(lengths, groups, strict=True)
-            for group in of_share
+            batching.num_positions([[own[i] for i in group] for group in groups], each)
+            for own, groups in zip(lengths, packed, strict=True)
         )
-        fillers = each * len(groups) - sum(map(len, groups))
-        return positions + fillers * batching.filler_positions, each * len(groups)
+        return positions, each * len(lengths)

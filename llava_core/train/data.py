@@ -144,13 +144,13 @@ def build_sources(
 
 
 def pipelined(config: RunConfig) -> dict[str, Any]:
-    """What a pipeline asks of micro-batches: one size, and a number that its schedule takes."""
+    """What a pipeline asks of a step's micro-batches: one size, and a number that its schedule takes."""
     parallel = config.parallel
     if parallel.pipeline == 1:
         return {}
     interleaved = parallel.num_stages > parallel.pipeline
     fill = partial(num_micro_batches, num_processes=parallel.pipeline, interleaved=interleaved)
-    return {"num_tokens": largest_micro_batch(config), "num_batches": fill}
+    return {"one_size": True, "num_batches": fill}
 
 
 def largest_micro_batch(config: RunConfig) -> int:

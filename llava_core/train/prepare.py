@@ -40,7 +40,7 @@ from llava_core.train.checks import (
     check_trainable,
 )
 from llava_core.train.chosen_model import open_model
-from llava_core.train.data import data_share, largest_micro_batch
+from llava_core.train.data import data_share
 from llava_core.train.lora import ADAPTER_FOLDER, adapters_of, check_lora
 from llava_core.train.run_data import build_data
 from llava_core.train.schedule import Schedule, build_schedule
@@ -138,7 +138,7 @@ def prepare(config: RunConfig, registry: Registry, hardware: Hardware, processes
     if config.train.compile:
         ops = outside_compiled_graphs(ops)
     data = build_data(config, registry, processes, source.folders, data_share(mesh))
-    engine = build_engine(config, source, ops, dtype, hardware, mesh, num_tokens=largest_micro_batch(config))
+    engine = build_engine(config, source, ops, dtype, hardware, mesh)
     schedule = build_schedule(config, data.loader.steps_per_epoch)
     return Run(
         config,
@@ -163,14 +163,11 @@ def build_engine(
     dtype: torch.dtype,
     hardware: Hardware,
     mesh: Mesh | None,
-    *,
-    num_tokens: int,
     part_of: PartOf = part_of,
 ) -> TorchEngine:
     """The model's weights, or this process's part of them, and their optimizer.
 
     Args:
-        num_tokens: of every micro-batch of a pipeline.
         part_of: as `load_model` takes it.
     """
     trainable = frozenset(config.train.trainable)
@@ -189,7 +186,7 @@ def build_engine(
     models = [load(stage=stage) for stage in (stages if mesh is None else mesh.own_stages(stages))]
     pipeline = None
     if mesh is not None and mesh.layout.pipeline > 1:
-        pipeline = Pipeline(models, mesh, hardware.device, num_tokens)
+        pipeline = Pipeline(models, mesh, hardware.device)
     return TorchEngine(models[0], hardware, optimizer_settings(config, trainable), config.train.loss, mesh, pipeline)
 
 

@@ -29,9 +29,6 @@ from tests.unit.engine.support import engine, hf_model
 NUM_LAYERS = 4
 KEEP_ALL = Keeping()
 
-NUM_TOKENS = 120
-"""Of each micro-batch of a pipeline; more than any of the tests' fill."""
-
 
 def this_process() -> Processes:
     rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -65,7 +62,7 @@ def build_engine(
         counts = stage_layers or (NUM_LAYERS // mesh.layout.pipeline,) * mesh.layout.pipeline
         stages = mesh.own_stages([Stage(range(a, b), NUM_LAYERS) for a, b in pairwise((0, *accumulate(counts)))])
     spread = partial(share_work, mesh=mesh, keeping=keeping)
-    return engine(model, spec, mesh=mesh, stages=stages, num_tokens=NUM_TOKENS, arrange=spread, **options)
+    return engine(model, spec, mesh=mesh, stages=stages, arrange=spread, **options)
 
 
 def share_work(model: Llava, mesh: Mesh, keeping: Keeping) -> None:
@@ -86,7 +83,10 @@ def take_share(whole: list[Batch], trained: TorchEngine) -> list[Batch]:
     if layout.pipeline > 1:
         most = num_micro_batches(most, layout.pipeline, interleaved=len(trained.stages) > 1)
     filled = own + [filler_batch(0, 24)] * (most - len(own))
-    return [lengthened(batch, NUM_TOKENS, 0) for batch in filled] if layout.pipeline > 1 else filled
+    if layout.pipeline == 1:
+        return filled
+    longest = max(batch.num_tokens for batch in filled)
+    return [lengthened(batch, longest, 0) for batch in filled]
 
 
 def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def export(layout: Layout, dtype: torch.dtype, folder: Path) -> None:
     num_layers = source.spec.text.num_layers
     halves = [Stage(range(num_layers // 2), num_layers), Stage(range(num_layers // 2, num_layers), num_layers)]
     stages = mesh.own_stages(halves) if mesh is not None and layout.pipeline > 1 else ()
-    trained = engine(source.reference, source.spec, dtype=dtype, mesh=mesh, stages=stages, num_tokens=1)
+    trained = engine(source.reference, source.spec, dtype=dtype, mesh=mesh, stages=stages)
     write = partial(export_model, trained.model, tokenizer(), processor("square"), V1, folder, dtype=dtype)
     weights = trained.pipeline.whole_weights() if trained.pipeline is not None else None
     agree(process, lambda: write(writes=process.is_first, weights=weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_core.data.batch import NEWLINE, Batch, Counts, Example, Merge
-from llava_core.data.packing import build_batch, lengthened, pack_samples, pad_samples
+from llava_core.data.packing import build_batch, lengthened, pack_evenly, pack_samples, pad_samples
 from llava_core.errors import BadRow
 
 PAD = 7
@@ -50,6 +51,39 @@ def test_no_two_packs_would_fit_together(case):
     lengths, budget = case
     fill = sorted(sum(lengths[i] for i in pack) for pack in pack_samples(lengths, budget))
     assert len(fill) < 2 or fill[0] + fill[1] > budget
+
+
+@given(lengths_and_budget(), st.integers(0, 5))
+def test_even_packs_hold_every_sample_once_within_the_budget(case, more):
+    lengths, budget = case
+    most = len(pack_samples(lengths, budget)) + more
+    packs = pack_evenly(lengths, budget, most) if most else []
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    assert len(packs) <= most
+    assert all(sum(lengths[i] for i in pack) <= budget for pack in packs)
+
+
+def shortest_longest(lengths: list[int], most: int) -> int:
+    """The longest pack's length where it is least, by trying everything."""
+    ways = product(range(most), repeat=len(lengths))
+    return min(
+        max(sum(n for n, pack in zip(lengths, way, strict=True) if pack == i) for i in range(most)) for way in ways
+    )
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 3))
+def test_even_packs_stay_within_their_bound(lengths, most):
+    """At most 4/3 of the optimum (Graham 1969)."""
+    packs = pack_evenly(lengths, sum(lengths), most)
+    longest = max(sum(lengths[i] for i in pack) for pack in packs)
+    assert 3 * longest <= 4 * shortest_longest(lengths, most)
+
+
+def test_packs_of_many_samples_are_even_to_a_hundredth():
+    lengths = [600 + 53 * i % 620 for i in range(128)]
+    fills = [sum(lengths[i] for i in pack) for pack in pack_evenly(lengths, 10**6, 14)]
+    assert len(fills) == 14
+    assert 0.99 * 14 * max(fills) <= sum(lengths)
 
 
 def fewest_packs(lengths: list[int], budget: int) -> int:

@@ -76,14 +76,13 @@ def engine(
     mesh: Mesh | None = None,
     sharding: Sharding = FULL,
     stages: Sequence[Stage] = (),
-    num_tokens: int = 0,
     arrange: Callable[[Llava], None] = leave_whole,
     adapters: Adapters | None = None,
     **learning_rates: float,
 ) -> TorchEngine:
     """An engine over the weights of `model`, on the kernels of the backend under test; 1e-3 for every part without a
-    rate of its own. With a mesh, this process's part of it; with stages of a pipeline, these, for micro-batches of
-    `num_tokens`. `arrange` comes before sharding."""
+    rate of its own. With a mesh, this process's part of it; with stages of a pipeline, these. `arrange` comes
+    before sharding."""
     prefix = "" if spec.vision else "language_model."
     named = {prefix + classic_name(model, name): p.detach() for name, p in model.named_parameters()}
     if NEWLINE_ON_DISK in named:
@@ -106,7 +105,7 @@ def engine(
     rates = {part: learning_rates.get(part, 1e-3) for part in trainable}
     settings = OptimizerSettings(rates, weight_decay, (0.9, 0.999), 1e-8, clip_norm)
     models = [load(stage=stage) for stage in stages or (None,)]
-    pipeline = Pipeline(models, mesh, hardware().device, num_tokens) if stages and mesh is not None else None
+    pipeline = Pipeline(models, mesh, hardware().device) if stages and mesh is not None else None
     return TorchEngine(models[0], hardware(), settings, loss, mesh, pipeline)
 
 

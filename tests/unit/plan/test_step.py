@@ -34,20 +34,10 @@ def test_samples_of_a_typical_length() -> None:
         PlannedStep.of(config, Layout(), 513)
 
 
-def test_a_pipelines_micro_batches_are_as_long_as_they_may_be() -> None:
-    packed = planned(micro_tokens=4096)
-    assert (packed.micro_samples, packed.micro_tokens) == (4, 4096)
-    assert planned_batch(SPEC, packed).cu_seqlens_host == (0, 128, 256, 384, 512, 4096)
-    assert packed.with_micro_samples(2).micro_tokens == 256  # what the run pads to with micro_tokens = 256
-    padded = planned(micro_size=4)
-    assert padded.micro_tokens == 4 * 512
-    assert padded.with_micro_samples(2).micro_tokens == 2 * 512
-
-
-def planned(**batch: int) -> PlannedStep:
-    """A step of four samples of 128 tokens, where 512 are allowed, through a pipeline of two."""
-    config = run_config(batch={"global_size": 4, **batch}, parallel={"pipeline": 2})
-    return PlannedStep.of(config, Layout(pipeline=2), 128)
+def test_a_pipeline_has_as_many_micro_batches_as_its_schedule_takes() -> None:
+    config = run_config(batch={"global_size": 4, "micro_tokens": 4096}, parallel={"pipeline": 2})
+    step = PlannedStep.of(config, Layout(pipeline=2), 128)
+    assert (step.micro_samples, step.micro_tokens, step.micro_batches) == (4, 512, 2)
 
 
 def test_a_micro_batch_has_an_image_a_sample_and_every_text_token_supervised() -> None:

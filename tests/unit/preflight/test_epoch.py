@@ -61,10 +61,16 @@ def test_micro_batches_are_those_of_the_loader(
     assert_as_loader(config, tmp_path, world_size)
 
 
-def test_micro_batches_of_a_pipeline_have_one_size(parts: TinyParts, tmp_path: Path) -> None:
-    config = settings(parts, tmp_path / "run", data={"max_bad_fraction": 1.0, "overlong": "split"})
+@pytest.mark.parametrize("batch", [PACKED, PADDED], ids=["packed", "padded"])
+def test_micro_batches_of_a_pipeline_have_one_size_in_each_step(
+    parts: TinyParts, tmp_path: Path, batch: dict[str, Any]
+) -> None:
+    config = settings(parts, tmp_path / "run", batch=batch, data={"max_bad_fraction": 1.0, "overlong": "split"})
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"pipeline": 2})})
-    assert_as_loader(config, tmp_path, 4)
+    shares = assert_as_loader(config, tmp_path, 4)
+    lengths = [{batch.num_tokens for batch in step.batches} for steps in shares for step in steps]
+    assert all(len(of_step) == 1 for of_step in lengths)
+    assert len(set.union(*lengths)) > 4
 
 
 def test_images_in_tiles_take_as_many_tokens_as_in_the_loader(parts: TinyParts, tmp_path: Path) -> None:
@@ -75,7 +81,7 @@ def test_images_in_tiles_take_as_many_tokens_as_in_the_loader(parts: TinyParts, 
     assert report["images"]["reasons"] == {"missing_image": 2, "broken_image": 1}
 
 
-def assert_as_loader(config: RunConfig, folder: Path, world_size: int) -> None:
+def assert_as_loader(config: RunConfig, folder: Path, world_size: int) -> list[list[Step]]:
     subject = Subject.of(config, Registry.discover(), world_size)
     epoch = check_data(subject, folder / "check", 0, lambda: None).report["epoch"]
     shares = steps_of(subject, folder)
@@ -88,3 +94,4 @@ def assert_as_loader(config: RunConfig, folder: Path, world_size: int) -> None:
     assert epoch["samples"] == sum(count.samples for count in counts)
     assert epoch["tokens"] == sum(count.tokens for count in counts)
     assert epoch["real_share"] == epoch["tokens"] / epoch["computed_tokens"]
+    return shares
