@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,22 @@ def test_every_recipe_is_planned_here() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_a_recipe_is_planned(recipe: str) -> None:
+def test_a_recipe_is_planned(recipe: str, tmp_path: Path) -> None:
     language, size = SUBJECTS[recipe]
-    folder = MODELS / language
-    model = (f"model.path={folder}",) if recipe.startswith("llama31") else (CLIP, f"model.language={folder}")
-    config = planned_config(recipe, (*model, "backend.name=cuda"), {})
-    plan = make_plan(Subject.of(config, Registry.discover()), size, 0)
+    assert subject(recipe, MODELS / language).check(size).world_size == size
+    plan = make_plan(subject(recipe, shortened(MODELS / language, tmp_path)), size, 0)
     assert plan.estimate.layout.world_size == size
     # More than the weights' share, and all of it told apart.
     assert plan.estimate.largest["weights"] < plan.estimate.peak == sum(plan.estimate.memory_at_peak.values())
+
+
+def subject(recipe: str, language: Path) -> Subject:
+    model = (f"model.path={language}",) if recipe.startswith("llama31") else (CLIP, f"model.language={language}")
+    return Subject.of(planned_config(recipe, (*model, "backend.name=cuda"), {}), Registry.discover())
+
+
+def shortened(model: Path, folder: Path) -> Path:
+    """The model with four layers: more are planned alike, only longer."""
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    return folder
