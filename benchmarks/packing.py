@@ -124,11 +124,11 @@ def modes() -> Iterator[Mode]:
                 yield Mode(f"packed, micro_tokens {size}", order, num_shares, _batching(micro_tokens=size))
         for order in ("shuffled", "modality_length"):
             yield Mode("padded, micro_size 16", order, num_shares, _batching(micro_size=16))
-    for num_shares in (1, 4):
+    for num_shares in (1, 4, 8):
         fill = partial(num_micro_batches, num_processes=2, interleaved=False)
-        for size in (8192, 16384):
-            fixed = Batching(GLOBAL_SIZE, size, None, 0, 1, one_size=True, num_batches=fill)
-            yield Mode(f"pipeline of 2, micro_tokens {size}", "modality_length", num_shares, fixed)
+        for size in (2048, 4096, 8192, 16384):
+            even = Batching(GLOBAL_SIZE, size, None, 0, 1, one_size=True, num_batches=fill)
+            yield Mode(f"pipeline of 2, micro_tokens {size}", "modality_length", num_shares, even)
 
 
 def _batching(*, micro_tokens: int | None = None, micro_size: int | None = None) -> Batching:
@@ -173,11 +173,7 @@ def measure(mode: Mode, rows: Drawn) -> Found:
 
 def _micro_batches(batching: Batching, examples: Sequence[Sequence[Example]]) -> list[tuple[Batch, ...]]:
     """Of a step's examples, by process."""
-    lengths = [[example.length for example in own] for own in examples]
-    groups = [batching.groups(own) for own in lengths]
-    if batching.one_size:
-        least = max(map(len, groups))
-        groups = [batching.even_groups(own, least) for own in lengths]
+    groups = batching.groups_of_all([[example.length for example in own] for own in examples])
     return [batching.build(own, formed) for own, formed in zip(examples, groups, strict=True)]
 
 

@@ -67,12 +67,23 @@ class Batching:
         assert self.micro_size is not None
         return pad_samples(len(lengths), self.micro_size)
 
-    def even_groups(self, lengths: Sequence[int], least: int) -> list[list[int]]:
-        """As `groups`, but packed ones about equally long, for a step in which the samples of one process fill
-        `least`, and those of no other more."""
+    def even_groups(self, lengths: Sequence[int], most_filled: int) -> list[list[int]]:
+        """As `groups`, but packed ones about equally long.
+
+        Args:
+            most_filled: micro-batches that the samples of any process fill in this step.
+        """
         if self.micro_tokens is None:
             return self.groups(lengths)
-        return pack_evenly(lengths, self.micro_tokens, self.num_batches(least))
+        return pack_evenly(lengths, self.micro_tokens, self.num_batches(most_filled))
+
+    def groups_of_all(self, lengths: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """Of a step, by process: the groups that each would form that hears of the others."""
+        groups = [self.groups(own) for own in lengths]
+        most_filled = max(map(len, groups))
+        if not (self.one_size and most_filled):
+            return groups
+        return [self.even_groups(own, most_filled) for own in lengths]
 
     def build(self, examples: Sequence[Example], groups: Sequence[Sequence[int]]) -> tuple[Batch, ...]:
         """The micro-batches of examples that are so grouped."""

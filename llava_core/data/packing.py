@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -59,12 +61,12 @@ def pack_evenly(lengths: Sequence[int], budget: int, most: int) -> list[list[int
         fills[shortest] += lengths[index]
     while True:
         longest, shortest = fills.index(max(fills)), fills.index(min(fills))
-        exchange = _best_exchange(lengths, packs[longest], packs[shortest])
+        exchange = _best_exchange(lengths, packs[longest], packs[shortest], fills[longest] - fills[shortest])
         if exchange is None:
             break
         given, taken, moved = exchange
-        packs[longest] = [index for index in packs[longest] if index not in given] + taken
-        packs[shortest] = [index for index in packs[shortest] if index not in taken] + given
+        packs[longest] = [index for index in packs[longest] if index != given] + taken
+        packs[shortest] = [index for index in packs[shortest] if index not in taken] + [given]
         fills[longest] -= moved
         fills[shortest] += moved
     if max(fills) > budget:
@@ -73,15 +75,19 @@ def pack_evenly(lengths: Sequence[int], budget: int, most: int) -> list[list[int
 
 
 def _best_exchange(
-    lengths: Sequence[int], longer: Sequence[int], shorter: Sequence[int]
-) -> tuple[list[int], list[int], int] | None:
+    lengths: Sequence[int], longer: Sequence[int], shorter: Sequence[int], gap: int
+) -> tuple[int, list[int], int] | None:
     """A sample of the longer pack for one of the shorter, or for none, that brings the two closest to each other: what
     is given, what is taken, and the tokens that move; None where nothing brings them closer."""
-    gap = sum(lengths[i] for i in longer) - sum(lengths[i] for i in shorter)
-    ways = (([i], taken) for i in longer for taken in ([], *([j] for j in shorter)))
-    moves = ((given, taken, lengths[given[0]] - sum(lengths[j] for j in taken)) for given, taken in ways)
-    closer = [move for move in moves if 0 < move[2] < gap]
-    return min(closer, key=lambda move: abs(gap - 2 * move[2]), default=None)
+    takes = sorted([(0, []), *((lengths[index], [index]) for index in shorter)], key=itemgetter(0))
+    best, least = None, gap
+    for given in longer:
+        place = bisect_left(takes, lengths[given] - gap / 2, key=itemgetter(0))  # half the gap should move
+        for length, taken in takes[max(0, place - 1) : place + 1]:
+            moved = lengths[given] - length
+            if abs(gap - 2 * moved) < least:
+                best, least = (given, taken, moved), abs(gap - 2 * moved)
+    return best
 
 
 def _in_order(packs: Iterable[list[int]]) -> list[list[int]]:

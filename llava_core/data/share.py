@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from llava_core.data.batch import Counts, Labelled
 from llava_core.data.examples import Rejected
+from llava_core.errors import DataError
 
 T = TypeVar("T")
 
@@ -74,5 +75,18 @@ class News:
 
 
 def exchange(share: Share, own: News) -> list[News]:
-    """One for each share, by its index."""
-    return [news for _, news in sorted({news.index: news for news in share.gather(own)}.items())]
+    """One for each share, by its index.
+
+    Raises:
+        DataError: processes that share one model's work could not read the same rows; in every process.
+    """
+    heard: dict[int, News] = {}
+    for news in share.gather(own):
+        other = heard.setdefault(news.index, news)
+        if replace(news, rejected=other.rejected) != other:
+            bad = {f"{row.id}: {row.message}" for row in (*news.rejected, *other.rejected)}
+            raise DataError(
+                "processes that must read the same rows do not find the same in them; is a file missing on one of "
+                f"their machines? Rows that one of them could not use: {'; '.join(sorted(bad)) or 'none'}."
+            )
+    return [heard[index] for index in sorted(heard)]

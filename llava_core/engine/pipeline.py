@@ -58,7 +58,7 @@ class Pipeline:
             stage.register_forward_pre_hook(self._take)
 
     def backward(self, micro_batches: Sequence[MicroBatch], loss_scale: float) -> Tensor:
-        """Add the gradients of all micro-batches' losses, times the scale, to those of this process's parameters.
+        """The gradients of all micro-batches' losses, times the scale, take the place of this process's parameters'.
 
         Args:
             micro_batches: equally long.
@@ -115,7 +115,10 @@ class Pipeline:
         return batch.to(self._device), weights.to(self._device, non_blocking=True), *stream
 
     def _build_schedule(self, micro_batches: Sequence[MicroBatch]) -> Schedule1F1B | ScheduleInterleaved1F1B:
-        """One for this step alone: torch's knows number and size, and keeps each micro-batch's stream to the next."""
+        """One for this step alone: torch's knows number and size, and keeps each micro-batch's stream to the next.
+
+        In its first use neighbours tell each other a number, and the host waits for it: little beside a step.
+        """
         num_batches, length = len(micro_batches), self._stream_length(micro_batches)
         devices, size = self._mesh.devices, self._mesh.layout.pipeline
         first, count = devices.get_local_rank("pp"), len(self.stages)

@@ -115,7 +115,7 @@ class TorchEngine:
         if self.loss_scale is not None:
             self.loss_scale.unscale_(self.trained.values())
         grad_norm = self._clip()
-        # The one place where the host waits for the device: whether to update must be known before updating.
+        # The host waits for the device: whether to update must be known before updating.
         result = StepResult(float(loss), float(grad_norm))
         overflowed = not math.isfinite(result.grad_norm)
         if not math.isfinite(result.loss) or (overflowed and self.loss_scale is None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_core.model.freeze import PARTS, part_of
@@ -95,7 +95,7 @@ def make_plan(
     def peak_of(samples: int) -> int:
         if samples == step.micro_samples:
             return found.peak
-        return estimate(subject, layout, rank, replace(step, micro_samples=samples)).peak
+        return estimate(subject, layout, rank, step.with_micro_samples(samples)).peak
 
     fit = largest_fit(peak_of, memory, step.micro_samples, limit=step.own_samples)
     return Plan(subject, found, memory, fit)

@@ -28,6 +28,7 @@ class PlannedStep:
         sample_tokens: text and image tokens of each sample.
         micro_samples: samples of a micro-batch.
         own_samples: of this process in a step.
+        spread: whether as many are in each as on average, not in each but the last as many as fit.
         fill: how many micro-batches there are where so many would do.
         tiling: how the samples' images are divided; None: not at all.
     """
@@ -35,6 +36,7 @@ class PlannedStep:
     sample_tokens: int
     micro_samples: int
     own_samples: int
+    spread: bool = False
     fill: Callable[[int], int] = field(default=as_many, compare=False, repr=False)
     tiling: Tiling | None = None
 
@@ -63,8 +65,14 @@ class PlannedStep:
         chunk = batch.micro_size or 1
         own = -(-(batch.global_size // chunk) // layout.data) * chunk
         micro = min(micro, own)
-        fill = pipelined(config).get("num_batches", as_many)
-        return cls(length, micro, own, fill, dynamic_tiles(config.data))
+        asked = pipelined(config)
+        spread, fill = "one_size" in asked and batch.micro_size is None, asked.get("num_batches", as_many)
+        return cls(length, micro, own, spread, fill, dynamic_tiles(config.data)).with_micro_samples(micro)
+
+    def with_micro_samples(self, most: int) -> PlannedStep:
+        """The same samples in micro-batches of `most` of them; of fewer, where they are spread over more."""
+        number = self.fill(-(-self.own_samples // most))
+        return replace(self, micro_samples=-(-self.own_samples // number) if self.spread else most)
 
     @property
     def micro_batches(self) -> int:

@@ -72,13 +72,11 @@ class EpochReplay:
     def _micro_batches(self, lengths: list[list[int]]) -> tuple[int, int]:
         """The positions and the micro-batches of a step, whose processes have samples of these lengths."""
         batching = self._batching
-        packed = [batching.groups(own) for own in lengths]
-        least = max(map(len, packed))
-        if not least:
+        packed = batching.groups_of_all(lengths)
+        most = max(map(len, packed))
+        if not most:
             return 0, 0
-        if batching.one_size:
-            packed = [batching.even_groups(own, least) for own in lengths]
-        each = batching.num_batches(max(map(len, packed)))
+        each = batching.num_batches(most)
         positions = sum(
             batching.num_positions([[own[i] for i in group] for group in groups], each)
             for own, groups in zip(lengths, packed, strict=True)

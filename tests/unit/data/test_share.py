@@ -1,12 +1,19 @@
-"""Which rows of each step a process takes: all of them once, whole chunks, and of sorted rows about as many tokens."""
+"""Which rows of each step a process takes: all of them once, whole chunks, and of sorted rows about as many tokens; and
+what processes with the same rows must agree on."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_core.data.share import Share
+from llava_core.data.batch import Counts, Labelled
+from llava_core.data.examples import Rejected
+from llava_core.data.share import News, Share, exchange
+from llava_core.errors import DataError
 
 
 def taken(num_rows: int, step_size: int, chunk: int, count: int) -> list[np.ndarray]:
@@ -39,3 +46,21 @@ def test_rows_sorted_by_length_are_dealt_evenly(pairs: int, count: int) -> None:
     lengths = np.arange(num_rows, 0, -1)
     sums = {int(lengths[rows].sum()) for rows in taken(num_rows, num_rows, 1, count)}
     assert sums == {num_rows * (num_rows + 1) // 2 // count}
+
+
+NEWS = News(0, Counts(text_tokens=90, samples=3), Labelled(), num_batches=1, num_good=3, num_overlong=0, rejected=())
+
+
+def test_each_share_is_heard_once() -> None:
+    second = replace(NEWS, index=1, num_good=2)
+    share = Share(gather=lambda own: [own, second, own, second])
+    assert exchange(share, NEWS) == [NEWS, second]
+
+
+def test_processes_that_read_the_same_rows_must_find_the_same() -> None:
+    """One of them has no connection to where the images are, say: the others would wait for micro-batches of it."""
+    unread = Rejected("row7", 7, "broken_image", "cannot read 7.png: Input/output error")
+    less = replace(NEWS, counts=Counts(text_tokens=60, samples=2), num_good=2, rejected=(unread,))
+    share = Share(gather=lambda own: [own, less])
+    with pytest.raises(DataError, match=r"row7: cannot read 7.png: Input/output error"):
+        exchange(share, NEWS)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from llava_core.data.packing import pack_evenly
 from llava_core.data.tiles import DynamicTiles
 from llava_core.engine.layout import Layout
 from llava_core.errors import ConfigError
@@ -34,10 +35,26 @@ def test_samples_of_a_typical_length() -> None:
         PlannedStep.of(config, Layout(), 513)
 
 
-def test_a_pipeline_has_as_many_micro_batches_as_its_schedule_takes() -> None:
-    config = run_config(batch={"global_size": 4, "micro_tokens": 4096}, parallel={"pipeline": 2})
-    step = PlannedStep.of(config, Layout(pipeline=2), 128)
-    assert (step.micro_samples, step.micro_tokens, step.micro_batches) == (4, 512, 2)
+@pytest.mark.parametrize(
+    ("batch", "pipeline", "expected"),
+    [
+        ({"global_size": 4, "micro_tokens": 4096}, 2, (2, 2)),
+        ({"global_size": 9, "micro_tokens": 1024}, 2, (2, 5)),
+        ({"global_size": 16, "micro_tokens": 2048}, 4, (4, 4)),
+        ({"global_size": 4, "micro_size": 4}, 2, (4, 2)),
+    ],
+)
+def test_a_pipelines_schedule_takes_many_micro_batches_over_which_packed_samples_are_spread(
+    batch: dict[str, int], pipeline: int, expected: tuple[int, int]
+) -> None:
+    """As in `Batching.even_groups` with samples of 128 tokens, or of 512."""
+    length = 512 if batch.get("micro_tokens") == 1024 else 128
+    step = PlannedStep.of(run_config(batch=batch, parallel={"pipeline": pipeline}), Layout(pipeline=pipeline), length)
+    assert (step.micro_samples, step.micro_batches) == expected
+    assert step.micro_tokens == step.micro_samples * length
+    if batch.get("micro_tokens"):
+        groups = pack_evenly([length] * batch["global_size"], batch["micro_tokens"], step.micro_batches)
+        assert (max(map(len, groups)), len(groups)) == expected
 
 
 def test_a_micro_batch_has_an_image_a_sample_and_every_text_token_supervised() -> None:
