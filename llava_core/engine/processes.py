@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -99,12 +100,13 @@ class Processes:
         try:
             distributed.init_process_group(groups, store=store, timeout=timeout, rank=self.rank, world_size=self.size)
             yield
+            roll.leave_together(timeout)
         except RuntimeError as error:
             if not is_about_peers(error):
                 raise
             raise roll.missing(error) from error
-        roll.leave_together(timeout)
-        time.sleep(LETTING_GO_SECONDS)
+        finally:
+            time.sleep(LETTING_GO_SECONDS)
         distributed.destroy_process_group()
 
     def gather(self, value: T) -> list[T]:
@@ -129,7 +131,11 @@ class Processes:
 
 
 def _meeting_place(processes: Processes, timeout: timedelta) -> distributed.Store:
-    store, _, _ = next(rendezvous("env://", processes.rank, processes.size, timeout=timeout))
+    try:
+        store, _, _ = next(rendezvous("env://", processes.rank, processes.size, timeout=timeout))
+    except distributed.DistError as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise TrainingError(f"the processes cannot meet at {place}: {_first_line(error)}. Try another port.") from error
     return store
 
 

@@ -29,7 +29,8 @@ END = "end"
 """The key under which the first machine to know says that all must end."""
 
 LEAVE_SECONDS = 5
-"""How long the store stays for machines that read the last words in it."""
+"""How long the store stays after a failure for machines that read the last words in it. Where all went well, a machine
+may take as long as one that is not lost."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class Meeting:
                 time.sleep(0.05)
             self._store.set(f"left/{self.plan.node_rank}", "1")
             if self.plan.node_rank == 0:
-                self._wait_to_leave()
+                well = not (missing or failures or self._end)
+                self._wait_to_leave(LOST_SECONDS if well else LEAVE_SECONDS, must_end)
         except distributed.DistError:
             if self.plan.node_rank == 0 or not failures:
                 self._end = self._end or End(f"the launcher of node 0, at {self.plan.master_addr}, is gone", 1)
@@ -204,9 +206,11 @@ class Meeting:
                 self.tell_end(End(f"the launcher of node {node} has not been heard of for {LOST_SECONDS} s", 1))
                 self._others = [other for other in self._others if other != node]  # nobody waits for it any more
 
-    def _wait_to_leave(self) -> None:
-        end = time.monotonic() + LEAVE_SECONDS
-        while time.monotonic() < end and any(not self._store.check([f"left/{node}"]) for node in self._others):
+    def _wait_to_leave(self, seconds: float, must_end: Callable[[], bool]) -> None:
+        end = time.monotonic() + seconds
+        while any(not self._store.check([f"left/{node}"]) for node in self._others):
+            if time.monotonic() > end or must_end():
+                return
             time.sleep(0.05)
 
 

@@ -53,10 +53,10 @@ def be_launched(config: RunConfig, flags: Flags) -> int:
 
 
 def train(config: RunConfig, processes: Processes) -> int:
-    """Train in this process, one of `processes`."""
+    """Train in this process, one of `processes`, which then ends."""
     from llava_core.train.loop import train_model
 
-    return train_model(config, processes=processes).exit_code
+    return train_model(config, processes=processes, ends_process=True).exit_code
 
 
 def chosen_backend(config: RunConfig) -> Backend:

@@ -80,7 +80,7 @@ def wants_out(received: Sequence[signal.Signals]) -> bool:
 
 
 def watch(ranks: LocalRanks, meeting: Meeting, received: Sequence[signal.Signals], stop_seconds: float) -> None:
-    """Until every process of this machine has ended."""
+    """Until every process of this machine has ended, or was killed: one that hangs in a driver outlives even that."""
     deadline, passed_on, ending = float("inf"), False, False
     while True:
         ranks.look()
@@ -102,9 +102,11 @@ def watch(ranks: LocalRanks, meeting: Meeting, received: Sequence[signal.Signals
         if wants_out(received):
             meeting.tell_end(End("stopped at once; what was not saved is lost", 128 + received[0]))
             ranks.kill()
+            return
         if time.monotonic() > deadline:
             meeting.tell_end(End(f"asked to stop, processes had not saved within {stop_seconds:g} s and were ended"))
             ranks.kill()
+            return
         time.sleep(LOOK_SECONDS)
 
 

@@ -12,16 +12,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether the run was asked to stop, and by which signal."""
+    """Whether the run was asked to stop, and by which signal.
+
+    Attributes:
+        signal: the first that came to this process, or to another of the run.
+        agreed: whether all processes had heard of one when they last looked.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.agreed = False
 
     def agree(self, gather: Callable[[int], list[int]]) -> bool:
         """Whether any process was asked: a signal reaches them at different steps, and all must stop after the same."""
         asked = [number for number in gather(self.signal or 0) if number]
-        self.signal = signal.Signals(asked[0]) if asked else None
-        return bool(asked)
+        if asked:  # else one that came while the others were awaited is told them at the next look
+            self.signal = signal.Signals(asked[0])
+        self.agreed = bool(asked)
+        return self.agreed
 
     @property
     def exit_code(self) -> int:
@@ -31,10 +39,13 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(*, then_ignore: bool = False) -> Iterator[StopRequest]:
     """Notes the first SIGINT or SIGTERM instead of dying of it; a second one changes nothing: the save is under way.
 
     Only the main thread may handle signals; in another one a run is ended by whoever started the thread.
+
+    Args:
+        then_ignore: signals change nothing after a good end, either: the process ends by itself, with nothing to lose.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -46,6 +57,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     with _handled(note):
         yield request
+    if then_ignore:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,12 +65,14 @@ def train_model(
     *,
     brief: bool = False,
     processes: Processes | None = None,
+    ends_process: bool = False,
 ) -> RunResult:
     """Run a config to its end, or until a signal asks to stop; then there is a checkpoint to go on from.
 
     Args:
         brief: print two lines in place of the plan and its table of kernels.
         processes: this process among those that train together, each of which calls this; None for one alone.
+        ends_process: nothing is done after the run, so that SIGINT and SIGTERM are ignored from its good end on.
 
     Raises:
         LlavaError: whatever stops the run; what was written before stays.
@@ -82,18 +84,22 @@ def train_model(
         run = prepare(config, registry, hardware, processes)
         if brief:
             report.print_summary(run, console)
-            return train_prepared(run, registry, console)
+            return train_prepared(run, registry, console, ends_process=ends_process)
         report.print_plan(run, console)
         expected = expect(run)
         console.print(f"memory: {expectation_line(expected)}", markup=False)
-        return train_prepared(run, registry, console, None if isinstance(expected, str) else expected)
+        estimate = None if isinstance(expected, str) else expected
+        return train_prepared(run, registry, console, estimate, ends_process=ends_process)
 
 
-def train_prepared(run: Run, registry: Registry, console: Console, expected: Estimate | None = None) -> RunResult:
+def train_prepared(
+    run: Run, registry: Registry, console: Console, expected: Estimate | None = None, *, ends_process: bool = False
+) -> RunResult:
     """Go on from the newest checkpoint to the end, then export. Raises as `train_model`.
 
     Args:
         expected: what a step was estimated to need, to be compared with what it took.
+        ends_process: as `train_model` takes it.
     """
     config = run.config
     done, notes = resume.resume(run)
@@ -107,14 +113,14 @@ def train_prepared(run: Run, registry: Registry, console: Console, expected: Est
     if run.processes.is_first:
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    with stop_on_signals() as stop, naming_killed_workers():
+    with stop_on_signals(then_ignore=ends_process) as stop, naming_killed_workers():
         done = run_steps(run, done, stop, registry, console)
         if run.processes.is_first:
             plot_loss(config.output)
         outcome = outcome_line(run, expected, done_before) if expected is not None else None
         if outcome is not None:
             console.print(outcome, markup=False)
-        if stop.agree(run.processes.gather):
+        if stop.agreed:
             saved = "the state is saved. The same command goes on from there." if done else "nothing was saved."
             console.print(f"interrupted after step {done}; {saved}")
             return RunResult(done, None, stop.exit_code)
@@ -152,8 +158,8 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
     where a signal stopped the run, at its end where it keeps checkpoints at all."""
     config, gather = run.config, run.processes.gather
     saved, shown = done, done > 0
-    timed_steps = _timed(iter(run.loader))
     with ExitStack() as stack:
+        timed_steps = stack.enter_context(closing(_timed(iter(run.loader))))
         saver = stack.enter_context(saving(run, RANK_TIMEOUT))
         record = stack.enter_context(recording(run, registry, console, done))
         backend = run.hardware.backend
@@ -183,8 +189,9 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
             profiler.after(done)
             if is_due(config.log.every_steps, done) or run.is_over(done):
                 record(measure(run, step, result, done, data_seconds, time.perf_counter() - start))
-        # After the loop, not in it: a signal may come between any look at `stop` and the next.
-        if saved < done and (stop.agree(gather) or config.checkpoint.every_steps is not None):
+        # After the loop, not in it: a signal may come between any look at `stop` and the next. This look decides.
+        stopped = stop.agree(gather)
+        if saved < done and (stopped or config.checkpoint.every_steps is not None):
             saver.save_now(done)
     return done
 
@@ -255,7 +262,7 @@ def export_run(run: Run, folder: Path) -> None:
         agree(run.processes, partial(export_adapter, run, run.config.output / ADAPTER_FOLDER))
 
 
-def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
+def _timed(steps: Iterator[Step]) -> Generator[tuple[Step, float]]:
     while True:
         start = time.perf_counter()
         step = next(steps)

@@ -87,6 +87,24 @@ def test_a_machine_that_has_left_needs_the_store_no_more() -> None:
     assert second.ended is None
 
 
+def test_where_all_went_well_the_store_waits_for_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "LEAVE_SECONDS", 0.1)
+    port, done = free_port(), Outcome([0], [])
+    plans = [Plan(1, 2, node_rank, "127.0.0.1", port) for node_rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda plan: Meeting(plan, print), plans)
+        leaving = threads.submit(first.leave, done, 10, lambda: False)
+
+        def held_up() -> bool:
+            """It has told how it ended, and asks this before it reads how the other did."""
+            time.sleep(1)
+            return False
+
+        assert second.leave(done, 10, held_up).codes == [0, 0]
+        assert leaving.result(10).codes == [0, 0]
+    assert second.ended is None
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_failure_ends_the_run_with_its_own_message_and_code(code: int, world: World) -> None:
     program = f'if rank == 1:\n    await_file("go")\n    fail("error: the reason", {code})\n{FOREVER}'

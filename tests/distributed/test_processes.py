@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from datetime import timedelta
 
@@ -11,6 +12,7 @@ from torch import distributed
 
 from llava_core.engine.layout import Layout
 from llava_core.engine.processes import Processes
+from llava_core.errors import TrainingError
 from tests.distributed.processes import TIMEOUT_SECONDS, run_processes
 from tests.hardware import hardware
 
@@ -69,3 +71,13 @@ def test_a_channel_of_its_own_lets_a_thread_gather_meanwhile() -> None:
 
 def test_a_process_alone_needs_no_channel() -> None:
     assert Processes().with_own_channel(timedelta(seconds=1)).gather("me") == ["me"]
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        joined = Processes(0, 2, 0, 2).joined(hardware(), timedelta(seconds=5))
+        with pytest.raises(TrainingError, match=f"cannot meet at 127.0.0.1:{port}: .*Try another port"), joined:
+            pass

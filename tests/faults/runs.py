@@ -23,7 +23,9 @@ from torch import Tensor
 from llava_core.cli.main import main
 from llava_core.engine.hardware import HOST
 from llava_core.testing.datasets import TinyParts
+from llava_core.train import loop
 from llava_core.train.checkpoint import open_checkpoint
+from llava_core.train.prepare import Run
 from llava_core.train.stored import Checkpoint
 from tests.hardware import backend_name
 
@@ -88,6 +90,18 @@ def command(parts: TinyParts, output: Path, *overrides: str) -> Command:
     config.write_text(json.dumps(parts.settings(output) | backend))  # JSON is YAML
     common = (f"train.max_steps={STEPS}", "checkpoint.keep=null", f"checkpoint.every_steps={STEPS}")
     return Command(config, output, (*common, *overrides))
+
+
+def linger() -> None:
+    """Before a run that is to be disturbed: its last steps take a second each, so that whoever watches may be late."""
+    seed_step = loop.seed_step
+
+    def late(run: Run, step: int) -> None:
+        if step > STEPS - 3:
+            time.sleep(1)
+        seed_step(run, step)
+
+    loop.seed_step = late
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

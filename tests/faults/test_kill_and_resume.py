@@ -22,6 +22,7 @@ from tests.faults.runs import (
     command,
     exit_code,
     group_is_gone,
+    linger,
     wait_for,
     wait_for_step,
 )
@@ -46,7 +47,7 @@ def whole(parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Command
 
 def interrupted(run: Command, send: Callable[[int], None], chance: random.Random) -> int:
     """Starts the run and sends the signal at a random moment, some steps before its end."""
-    child = run.start()
+    child = run.start(linger)
     wait_for_step(run, child, chance.randint(0, STEPS - 5))
     time.sleep(chance.uniform(0, 0.08))
     send(child)
@@ -109,7 +110,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(
     number: signal.Signals, parts: TinyParts, whole: Command, tmp_path: Path
 ) -> None:
     run = command(parts, tmp_path / "run", "data.num_workers=2")
-    child = run.start()
+    child = run.start(linger)
     wait_for_step(run, child, 1)  # of the five of an epoch, at whose end the workers leave by themselves
     os.killpg(child, number)
     assert exit_code(child) == 128 + number, run.log
@@ -127,7 +128,7 @@ def test_killed_again_and_again_it_still_ends_bit_equal(
     run = command(parts, tmp_path / "run", f"data.num_workers={workers}", *saves)
     chance, kills, groups = random.Random(workers), 0, []
     while kills < 5:
-        child = run.start()
+        child = run.start(linger)
         groups.append(child)
         # Between the last step seen and some steps on: in a step, a save, a rename, or while resuming.
         seen, ahead = max(run.lines(), 0), chance.randint(0, 2)
@@ -151,7 +152,7 @@ def test_a_killed_worker_ends_the_run_soon_and_the_next_start_goes_on(
     parts: TinyParts, whole: Command, tmp_path: Path
 ) -> None:
     run = command(parts, tmp_path / "run", "data.num_workers=2", "checkpoint.every_steps=2")
-    child = run.start()
+    child = run.start(linger)
     wait_for_step(run, child, 3)
     workers = Path(f"/proc/{child}/task/{child}/children").read_text().split()
     os.kill(int(workers[0]), signal.SIGKILL)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_core.testing.datasets import TinyParts, tiny_parts
 from llava_core.train.checkpoint import open_newest
-from tests.faults.runs import STEPS, Command, assert_same_end, command, exit_code, wait_for, wait_for_step
+from tests.faults.runs import STEPS, Command, assert_same_end, command, exit_code, linger, wait_for, wait_for_step
 
 CONFIG_ERROR, RUN_ERROR = 2, 1
 
@@ -75,7 +75,7 @@ def test_a_few_bad_rows_are_left_out_and_resuming_is_exact(parts: TinyParts, tmp
     whole = command(parts, tmp_path / "whole", *changes)
     assert exit_code(whole.start()) == 0, whole.log
     run = command(parts, tmp_path / "run", *changes)
-    child = run.start()
+    child = run.start(linger)
     wait_for_step(run, child, 6)
     os.kill(child, signal.SIGTERM)
     assert exit_code(child) == 143, run.log
@@ -95,7 +95,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(
     assert exit_code(whole.start()) == 0, whole.log
     saves = ("checkpoint.every_steps=3", f"checkpoint.asynchronous={asynchronous}")
     run = command(parts, tmp_path / "run", *saves)
-    child = run.start()
+    child = run.start(linger)
     wait_for(lambda: bool(run.complete_checkpoints), "first checkpoint")
     os.kill(child, signal.SIGKILL)
     exit_code(child)

@@ -9,11 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from llava_core.config import build_config
 from llava_core.data.share import alone
 from llava_core.testing.datasets import TinyParts
-from llava_core.train import resume
+from llava_core.train import loop, resume
 from llava_core.train.interrupt import StopRequest, stop_on_signals
-from tests.unit.train.support import assert_bit_equal, engine_tensors, metrics_rows, run_to_end, tiny_run
+from tests.unit.train.support import (
+    assert_bit_equal,
+    engine_tensors,
+    metrics_rows,
+    quiet,
+    run_to_end,
+    tiny_run,
+    tiny_settings,
+)
 
 
 class StopAtLook(StopRequest):
@@ -43,6 +52,48 @@ def test_a_signal_to_one_process_stops_all() -> None:
     other = StopRequest()
     assert other.agree(lambda own: [own, int(signal.SIGTERM)])
     assert other.exit_code == 143
+
+
+def test_a_signal_while_others_are_awaited_is_told_at_the_next_look() -> None:
+    stop = StopRequest()
+
+    def slow(own: int) -> list[int]:
+        stop.signal = signal.SIGTERM
+        return [own, 0]
+
+    assert not stop.agree(slow)
+    assert stop.agree(alone)
+    assert stop.exit_code == 143
+
+
+def test_a_signal_after_the_last_look_finds_the_training_done(
+    parts: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plot = loop.plot_loss
+
+    def late(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        plot(folder)
+
+    monkeypatch.setattr(loop, "plot_loss", late)
+    config = build_config(tiny_settings(parts, tmp_path / "run", "train.max_steps=2"))
+    done = loop.train_model(config, console=quiet())
+    assert (done.exit_code, done.steps) == (0, 2)
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
+
+
+def test_after_a_good_end_signals_are_ignored_if_asked() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with stop_on_signals(then_ignore=True):
+            pass
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with pytest.raises(KeyError), stop_on_signals(then_ignore=True):
+        raise KeyError
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_the_first_signal_decides_the_exit_code() -> None:
