@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -148,7 +148,7 @@ def decoded(builder: ExampleBuilder, rows: IntArray, num_workers: int) -> Iterat
     return in_workers(partial(_decode, builder), rows, num_workers)
 
 
-def in_workers(work: Callable[[int], T], rows: IntArray, num_workers: int) -> Generator[T]:
+def in_workers(work: Callable[[int], T], rows: IntArray, num_workers: int) -> Iterator[T]:
     """What `work` gives for each of these rows, in their order, by `num_workers` processes; by this one without any."""
     loader = DataLoader(
         _Rows(work, rows),
@@ -157,15 +157,8 @@ def in_workers(work: Callable[[int], T], rows: IntArray, num_workers: int) -> Ge
         generator=torch.Generator(),  # its own, so that starting workers does not draw from the run's random state
         worker_init_fn=partial(_start_worker, os.getpid()),
     )
-    groups = iter(loader)
-    workers = getattr(groups, "_workers", ())
-    try:
-        for group in groups:
-            yield from group
-    finally:
-        del groups  # which asks the workers to end, and waits some seconds for each
-        for worker in workers:  # one that hangs in a read still lives: it heeds no SIGTERM
-            worker.kill()
+    for group in loader:
+        yield from group
 
 
 @contextmanager

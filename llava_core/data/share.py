@@ -50,6 +50,9 @@ class Share:
         return taken
 
 
+MOST_NAMED = 5
+"""Rows in a message."""
+
 WHOLE = Share()
 """Of a process that is the only one."""
 
@@ -84,9 +87,9 @@ def exchange(share: Share, own: News) -> list[News]:
     for news in share.gather(own):
         other = heard.setdefault(news.index, news)
         if replace(news, rejected=other.rejected) != other:
-            bad = {f"{row.id}: {row.message}" for row in (*news.rejected, *other.rejected)}
+            apart = sorted({f"{row.id}: {row.message}" for row in {*news.rejected} ^ {*other.rejected}})
             raise DataError(
                 "processes that must read the same rows do not find the same in them; is a file missing on one of "
-                f"their machines? Rows that one of them could not use: {'; '.join(sorted(bad)) or 'none'}."
+                f"their machines? Rows that one alone could not use: {'; '.join(apart[:MOST_NAMED]) or 'none'}."
             )
     return [heard[index] for index in sorted(heard)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -134,8 +133,10 @@ def _meeting_place(processes: Processes, timeout: timedelta) -> distributed.Stor
     try:
         store, _, _ = next(rendezvous("env://", processes.rank, processes.size, timeout=timeout))
     except distributed.DistError as error:
-        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise TrainingError(f"the processes cannot meet at {place}: {_first_line(error)}. Try another port.") from error
+        raise TrainingError(
+            f"the processes cannot meet at MASTER_ADDR and MASTER_PORT: {_first_line(error)}. Is the port taken, or "
+            "one of them missing?"
+        ) from error
     return store
 
 

@@ -127,7 +127,10 @@ class Meeting:
             self._store.set(f"left/{self.plan.node_rank}", "1")
             if self.plan.node_rank == 0:
                 well = not (missing or failures or self._end)
-                self._wait_to_leave(LOST_SECONDS if well else LEAVE_SECONDS, must_end)
+                if well:
+                    self._wait_to_leave(LOST_SECONDS, must_end)
+                else:
+                    self._wait_to_leave(LEAVE_SECONDS, lambda: False)  # those who asked for an end wait for this
         except distributed.DistError:
             if self.plan.node_rank == 0 or not failures:
                 self._end = self._end or End(f"the launcher of node 0, at {self.plan.master_addr}, is gone", 1)

@@ -55,11 +55,8 @@ def stop_on_signals(*, then_ignore: bool = False) -> Iterator[StopRequest]:
     def note(number: int, _: FrameType | None) -> None:
         request.signal = request.signal or signal.Signals(number)
 
-    with _handled(note):
+    with _handled(note, then_ignore=then_ignore):
         yield request
-    if then_ignore:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -86,10 +83,12 @@ def raising_on_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+def _handled(handler: Callable[[int, FrameType | None], None], *, then_ignore: bool = False) -> Iterator[None]:
+    afterwards = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
+        if then_ignore:
+            afterwards = dict.fromkeys(SIGNALS, signal.SIG_IGN)
     finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+        for number, later in afterwards.items():
+            signal.signal(number, later)

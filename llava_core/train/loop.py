@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -158,8 +158,8 @@ def run_steps(run: Run, done: int, stop: StopRequest, registry: Registry, consol
     where a signal stopped the run, at its end where it keeps checkpoints at all."""
     config, gather = run.config, run.processes.gather
     saved, shown = done, done > 0
+    timed_steps = _timed(iter(run.loader))
     with ExitStack() as stack:
-        timed_steps = stack.enter_context(closing(_timed(iter(run.loader))))
         saver = stack.enter_context(saving(run, RANK_TIMEOUT))
         record = stack.enter_context(recording(run, registry, console, done))
         backend = run.hardware.backend
@@ -262,7 +262,7 @@ def export_run(run: Run, folder: Path) -> None:
         agree(run.processes, partial(export_adapter, run, run.config.output / ADAPTER_FOLDER))
 
 
-def _timed(steps: Iterator[Step]) -> Generator[tuple[Step, float]]:
+def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
     while True:
         start = time.perf_counter()
         step = next(steps)

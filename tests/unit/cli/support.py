@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 
 import pytest
 
 from llava_core.cli.main import main
+from llava_core.train.interrupt import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Outcome:
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
     """What `llava-core ARGUMENTS` exits with and prints."""
     argv, sys.argv = sys.argv, ["llava-core", *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     code: int | str | None = 0
     try:
         main()
@@ -27,5 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
         code = exit_.code
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # a command that ends its process leaves them ignored
     captured = capsys.readouterr()
     return Outcome(int(code or 0), captured.out, captured.err)

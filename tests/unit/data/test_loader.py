@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import time
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from llava_core.data.batch import Batch
-from llava_core.data.examples import ROWS_PER_MESSAGE, ExampleBuilder, in_workers
+from llava_core.data.examples import ExampleBuilder
 from llava_core.data.image_side import ImageSide
 from llava_core.data.image_store import ImageStore
 from llava_core.data.images import ImageProcessor
@@ -237,15 +234,3 @@ def samples(step: Step) -> dict[str, tuple[list[int], list[int], list[int], floa
                 tokens.pop()
             found[id] = (tokens, (predicting[i] - start).tolist(), targets[i].tolist(), pixels)
     return found
-
-
-@pytest.mark.slow
-def test_workers_that_hang_in_a_read_are_ended() -> None:
-    """PyTorch waits five seconds for each, and then asks by a signal that they do not heed."""
-    seconds = np.repeat([0, 1000], ROWS_PER_MESSAGE)
-    rows = in_workers(time.sleep, seconds, 1)
-    next(rows)
-    (worker,) = multiprocessing.active_children()
-    rows.close()
-    worker.join(5)
-    assert not worker.is_alive()
