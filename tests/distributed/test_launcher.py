@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llava_core.launch import meeting
-from llava_core.launch.meeting import BEAT_SECONDS, Meeting, Outcome
+from llava_core.launch.meeting import BEAT_SECONDS, End, Meeting, Outcome
 from llava_core.launch.plan import Plan
 from tests.distributed.launching import SAVES, World, await_true, free_port
 
@@ -103,6 +103,20 @@ def test_where_all_went_well_the_store_waits_for_a_slow_machine(monkeypatch: pyt
         assert second.leave(done, 10, held_up).codes == [0, 0]
         assert leaving.result(10).codes == [0, 0]
     assert second.ended is None
+
+
+def test_after_a_second_interrupt_the_store_waits_for_the_machines_that_are_told() -> None:
+    port, nothing, end = free_port(), Outcome([], []), End("stopped at once", 130)
+    plans = [Plan(1, 2, node_rank, "127.0.0.1", port) for node_rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda plan: Meeting(plan, print), plans)
+        first.tell_end(end)
+        leaving = threads.submit(first.leave, nothing, 10, lambda: True)
+        time.sleep(0.5)
+        assert not leaving.done()
+        assert second.ended == end
+        second.leave(nothing, 10, lambda: True)
+        leaving.result(10)
 
 
 @pytest.mark.parametrize("code", [1, 2])

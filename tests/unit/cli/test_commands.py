@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from llava_core.config import build_config, load_config, recipe_names
 from llava_core.testing.datasets import TinyParts, tiny_parts
+from llava_core.train import loop
+from llava_core.train.interrupt import SIGNALS
 from tests.unit.cli.support import run
 
 
@@ -47,6 +51,23 @@ def test_train_runs_a_file_with_overrides(capsys, config: Path, tmp_path: Path) 
     assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "first sample" in done.out
     assert "⟦" in done.out
+
+
+def test_after_its_run_the_command_heeds_no_signal(
+    capsys, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is written, and its exit code says so."""
+    train_model, handlers = loop.train_model, []
+
+    def watched(*arguments: Any, **options: Any) -> loop.RunResult:
+        result = train_model(*arguments, **options)
+        handlers.extend(map(signal.getsignal, SIGNALS))
+        return result
+
+    monkeypatch.setattr(loop, "train_model", watched)
+    done = run(capsys, "train", config, "train.max_steps=1", "--output", tmp_path / "out", "--backend", "cpu")
+    assert done.code == 0, done.err
+    assert handlers == [signal.SIG_IGN] * len(SIGNALS)
 
 
 def test_train_names_the_nearest_key_and_recipe(capsys, config: Path) -> None:
